@@ -1,0 +1,159 @@
+"""The nouns every stage shares: what goes into an engine, what comes out, and what an engine is.
+
+An engine speaks token ids only. Text lives above it, in the tokenizer and the server.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn, and when the request is over.
+
+    The logits are penalised and biased, divided by the temperature, and cut by top-k, then top-p,
+    then min-p; the token is drawn from what is left.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k most probable tokens; 0 keeps all
+    top_p: float = 1.0  # keep the fewest most probable tokens that hold this much probability
+    min_p: float = 0.0  # keep tokens at least this fraction as probable as the most probable one
+    frequency_penalty: float = 0.0  # subtracted once for every time a token was generated
+    presence_penalty: float = 0.0  # subtracted once from every token that was generated
+    repetition_penalty: float = 1.0  # divides (or multiplies) the logit of every token in prompt or output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    logprobs: int | None = None  # None: none; n: the chosen token's, and those of the n most probable
+    seed: int | None = None  # None: the engine's caller draws one; see `Request.seed`
+    max_tokens: int | None = None  # None: until the context is full
+    stop_token_ids: Sequence[int] = ()  # these end the request, besides the model's own
+    ignore_eos: bool = False  # the model's own stop tokens do not end the request
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_below=True)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        for token, bias in self.logit_bias.items():
+            _within(f"logit_bias of token {token}", bias, -100.0, 100.0)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+
+
+def _within(name: str, value: float, low: float, high: float, open_below: bool = False) -> None:
+    above = value > low if open_below else value >= low
+    if not (above and value <= high):  # also refuses NaN
+        bounds = f"greater than {low} and at most {high}" if open_below else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, but {value} was given")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `n` choices of an API call are `n` requests.
+
+    `seed` is drawn by whoever makes the request, so that an engine depends only on the calls made to
+    it; a request with the same prompt, parameters and seed gets the same tokens.
+    """
+
+    id: str
+    prompt: Sequence[int]  # token ids, at least one
+    params: SamplingParams
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (natural logarithm) of one position, of the model's own distribution:
+    before penalties, bias, temperature and filters."""
+
+    chosen: float
+    top: Sequence[tuple[int, float]]  # (token id, logprob), most probable first
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One new token of one request. `finish_reason` is set on a request's last one: "stop" if the
+    token is a stop token (it is counted, but not part of the text), "length" if no more may follow."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class RequestRefused(ValueError):
+    """A request this engine can never serve; the message says why and what would be served."""
+
+
+class Engine(Protocol):
+    """Serves many requests, one `step` at a time. Not thread-safe: one thread calls everything."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and output together, that one request may have."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestRefused: it can never be served; nothing was queued.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request at once; unknown or finished ids are ignored. No output follows."""
+
+    def step(self) -> list[TokenOutput]:
+        """Do one unit of work and return the tokens that it brought, possibly none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What every stage's engine is built from. A stage that needs more extends this class.
+
+    The command line is made from the fields: `help` is the text of the flag.
+    """
+
+    model: str = field(metadata={"help": "a folder in Hugging Face format, or a hub name"})
+    device: str = field(
+        default="auto", metadata={"help": "cpu, cuda or cuda:N; auto takes a GPU if there is one"}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "bfloat16, float16, float32 or float64; auto: the model's own, and float32 on a CPU"
+        },
+    )
+    max_context: int | None = field(
+        default=None, metadata={"help": "cap the context length, in tokens, below what the model allows"}
+    )
+
+
+class Stage(Protocol):
+    """What a stage's `engine` module offers."""
+
+    EngineConfig: type[Any]  # EngineConfig or an extension of it
+
+    def build(self, config: Any) -> Engine:
+        """Load the model and assemble the engine.
+
+        Raises:
+            ValueError: the model or the configuration cannot be served; the message says why.
+        """

@@ -1,0 +1,75 @@
+"""What lies inside `attend`: heads, rotary positions, and attention over the whole sequence."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.stage1_naive.config import ModelConfig, RopeScaling
+from stages.stage1_naive.model import Layer, rms_norm
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians by which each pair of dimensions turns per position, [head_dim / 2], float32.
+
+    RoFormer (Su et al. 2021); the scaling is that of Llama 3.1 (Grattafiori et al. 2024).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return _stretch(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide the low frequencies by `factor`, keep the high ones, and blend in between."""
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # full turns in the trained context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)  # 0: slow, stretched; 1: fast, as it was
+    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+
+
+def rope_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:
+    """Cosines, then sines, of every angle: [length, head_dim], float32."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(config))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+
+
+def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Turn each head's vector by the angles of its position: `x` [T, heads, head_dim], `positions` [T].
+
+    Dimension i is paired with i + head_dim / 2, as in the Hugging Face checkpoints.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = table[positions].to(wide).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, head_dim / 2] each
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Splits the fused product into heads, normalises and rotates q and k. Later stages use it as it is."""
+
+    config: ModelConfig
+    rope: Tensor  # [context, head_dim]
+
+    def __call__(self, layer: Layer, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`qkv` [T, (N + 2K) * D] -> q [T, N, D], k [T, K, D], v [T, K, D]."""
+        c = self.config
+        heads = qkv.view(len(qkv), -1, c.head_dim)  # [T, N + 2K, D]
+        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)
+        return rotate(q, self.rope, positions), rotate(k, self.rope, positions), v
+
+
+@dataclass(frozen=True)
+class NaiveAttention:
+    """Causal attention of one whole sequence with itself; nothing is kept for the next token."""
+
+    prepare: QKV
+
+    def __call__(self, layer: Layer, qkv: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in self.prepare(layer, qkv, positions))  # [heads, T, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [N, T, D]
+        return out.transpose(0, 1).flatten(1)  # [T, N * D]

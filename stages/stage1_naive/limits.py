@@ -1,0 +1,69 @@
+"""What a model can serve, and when a request is over: the same answers in every stage."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from stages.interface import FinishReason, Request, RequestRefused
+from stages.stage1_naive.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    vocab_size: int
+    context_length: int  # tokens of prompt and output together
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, config: ModelConfig, max_context: int | None) -> "Limits":
+        """The model's own, or a shorter context.
+
+        Raises:
+            ValueError: `max_context` is more than the model was made for, or less than 2.
+        """
+        if max_context is not None and not 2 <= max_context <= config.context_length:
+            raise ValueError(
+                f"max_context must be from 2 to the model's {config.context_length}, not {max_context}"
+            )
+        return cls(config.vocab_size, max_context or config.context_length, frozenset(config.eos_token_ids))
+
+    def check(self, request: Request, known: Container[str]) -> None:
+        """Refuse what can never be served. `known` are the ids of the requests being served.
+
+        Raises:
+            RequestRefused: the id is taken, or the prompt is empty, too long, or names tokens the
+                model does not have.
+        """
+        prompt, params = request.prompt, request.params
+        if request.id in known:
+            raise RequestRefused(f"a request with the id {request.id!r} is being served already")
+        if not prompt:
+            raise RequestRefused("the prompt has no tokens; at least one is needed")
+        if len(prompt) >= self.context_length:
+            raise RequestRefused(
+                f"the prompt has {len(prompt)} tokens, which leaves no room for an answer "
+                f"in the context of {self.context_length}"
+            )
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.context_length:
+            raise RequestRefused(
+                f"the prompt's {len(prompt)} tokens and max_tokens {params.max_tokens} together exceed "
+                f"the context of {self.context_length}"
+            )
+        for name, token_ids in (
+            ("the prompt", prompt),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            wrong = next((token for token in token_ids if not 0 <= token < self.vocab_size), None)
+            if wrong is not None:
+                raise RequestRefused(
+                    f"{name} has the token id {wrong}; the model's are from 0 to {self.vocab_size - 1}"
+                )
+
+    def finish_reason(self, request: Request, num_output: int, token_id: int) -> FinishReason | None:
+        """Whether the request ends with `token_id`, its output token number `num_output` (from 1)."""
+        params = request.params
+        if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        if num_output == params.max_tokens or len(request.prompt) + num_output == self.context_length:
+            return "length"
+        return None

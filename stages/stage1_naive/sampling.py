@@ -1,0 +1,187 @@
+"""From logits to tokens: penalties, filters, and a draw that depends on nothing but its own request.
+
+Everything works on rows [R, V], without a Python loop over them, so later stages sample whole batches with
+this module. The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of
+logits / T + noise is distributed as softmax(logits / T). The noise of a row is a hash of its request's
+seed, the position and the token id, so a text depends neither on the batch nor on the order of arrival.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.interface import Request, TokenLogprobs
+
+_COLDEST = 1e-5  # a temperature below is greedy: dividing by it would overflow
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What keeps a model from repeating itself."""
+
+    in_prompt: Tensor  # [R, V] bool
+    counts: Tensor  # [R, V] int32, how often each token was generated
+    repetition: Tensor  # [R] float32
+    frequency: Tensor  # [R] float32
+    presence: Tensor  # [R] float32
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[R, V] -> [R, V]. Repetition as in CTRL (Keskar et al. 2019), the others as in OpenAI's API."""
+        generated = self.counts > 0
+        repetition = self.repetition.unsqueeze(1)
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(self.in_prompt | generated, repeated, logits)
+        return logits - self.frequency.unsqueeze(1) * self.counts - self.presence.unsqueeze(1) * generated
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which tokens may be drawn at all."""
+
+    top_k: Tensor  # [R] int64; the vocabulary's size where it is off
+    top_p: Tensor  # [R] float32
+    min_p: Tensor  # [R] float32
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[R, V], divided by the temperature -> [R, V] with -inf for what is cut: by top-k, then by top-p
+        (nucleus sampling, Holtzman et al. 2020), then by min-p (Nguyen et al. 2024). Tokens that tie with
+        the last one kept are kept as well.
+        """
+        descending = logits.sort(dim=-1, descending=True).values
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        keep = rank < self.top_k.unsqueeze(1)
+        probs = descending.masked_fill(~keep, -torch.inf).softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs  # of all more probable tokens together
+        top_p = self.top_p.unsqueeze(1)
+        keep &= (before < top_p) | (top_p >= 1.0)  # off must stay exactly off: a sum may round to above 1
+        keep &= probs >= self.min_p.unsqueeze(1) * probs[:, :1]
+        last = keep.sum(dim=-1, keepdim=True) - 1  # what is kept is a beginning of the sorted row
+        return logits.masked_fill(logits < descending.gather(-1, last), -torch.inf)
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The sampling parameters of R rows, on the device. Costly parts that no row asks for are None."""
+
+    temperature: Tensor  # [R] float32
+    seeds: Tensor  # [R] int64
+    positions: Tensor  # [R] int64, where in its sequence the token will stand
+    penalties: Penalties | None = None
+    bias: Tensor | None = None  # [R, V] float32
+    filters: Filters | None = None
+    top_logprobs: int | None = None  # how many alternatives to report; None: no log-probabilities
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[tuple[Request, Sequence[int]]], vocab_size: int, device: torch.device
+    ) -> "SamplingBatch":
+        """For requests and the tokens generated for each so far."""
+        params = [request.params for request, _ in rows]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def integers(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        penalties = bias = filters = None
+        if any(p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty for p in params):
+            counts = torch.stack([_count(output, vocab_size) for _, output in rows])
+            in_prompt = torch.stack([_count(request.prompt, vocab_size) for request, _ in rows]) > 0
+            penalties = Penalties(
+                in_prompt=in_prompt.to(device),
+                counts=counts.to(device),
+                repetition=column([p.repetition_penalty for p in params]),
+                frequency=column([p.frequency_penalty for p in params]),
+                presence=column([p.presence_penalty for p in params]),
+            )
+        if any(p.logit_bias for p in params):
+            bias = torch.zeros(len(rows), vocab_size)
+            for row, p in enumerate(params):
+                bias[row, list(p.logit_bias)] = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
+            bias = bias.to(device)
+        if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+            filters = Filters(
+                top_k=integers([p.top_k or vocab_size for p in params]),
+                top_p=column([p.top_p for p in params]),
+                min_p=column([p.min_p for p in params]),
+            )
+        return cls(
+            temperature=column([p.temperature for p in params]),
+            seeds=integers([request.seed for request, _ in rows]),
+            positions=integers([len(request.prompt) + len(output) for request, output in rows]),
+            penalties=penalties,
+            bias=bias,
+            filters=filters,
+            top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        )
+
+
+def _count(token_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """How often each token occurs, [V] int32."""
+    return torch.tensor(token_ids, dtype=torch.int64).bincount(minlength=vocab_size).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token a row, and the log-probabilities if any row asked for them."""
+
+    tokens: Tensor  # [R] int64
+    chosen: Tensor | None = None  # [R] float, the token's own
+    top_ids: Tensor | None = None  # [R, n] int64, the most probable first
+    top_values: Tensor | None = None  # [R, n] float
+
+    def logprobs(self, row: int, count: int) -> TokenLogprobs:
+        """Those of one row, with the `count` most probable alternatives."""
+        if self.chosen is None or self.top_ids is None or self.top_values is None:
+            raise ValueError("no row of this batch asked for log-probabilities")
+        top = zip(self.top_ids[row, :count].tolist(), self.top_values[row, :count].tolist(), strict=True)
+        return TokenLogprobs(chosen=self.chosen[row].item(), top=list(top))
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+    """One token for each row of `logits` [R, V]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    raw = logits
+    if batch.penalties is not None:
+        logits = batch.penalties.apply(logits)
+    if batch.bias is not None:
+        logits = logits + batch.bias
+    temperature = batch.temperature.unsqueeze(1)
+    scaled = logits / temperature.clamp(min=_COLDEST)
+    if batch.filters is not None:
+        scaled = batch.filters.apply(scaled)
+    noisy = scaled + gumbel_noise(batch.seeds, batch.positions, logits.shape[-1], logits.dtype)
+    tokens = torch.where(temperature < _COLDEST, logits, noisy).argmax(dim=-1)
+    if batch.top_logprobs is None:
+        return Sampled(tokens)
+    logprobs = raw.log_softmax(dim=-1)
+    top = logprobs.topk(min(batch.top_logprobs, logits.shape[-1]), dim=-1)
+    return Sampled(tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1), top.indices, top.values)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Standard Gumbel noise for each token of each row: `seeds`, `positions` [R] int64 -> [R, V] `dtype`.
+
+    The bits come from integer arithmetic alone, so every device and every kernel can make the same.
+    """
+    low, high, position = seeds.to(torch.int32), (seeds >> 32).to(torch.int32), positions.to(torch.int32)
+    first = _mix(_mix(_mix(low) ^ high) ^ position).unsqueeze(1)  # two keys a row: 64 bits
+    second = _mix(_mix(_mix(high ^ 0x5BD1E995) ^ low) ^ position).unsqueeze(1)
+    tokens = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
+    bits = _mix(_mix(tokens ^ first) ^ second)  # [R, V], of which 31 are used
+    uniform = (((bits >> 1) & 0x7FFFFFFF).to(dtype) + 0.5) * 2.0**-31
+    uniform = uniform.clamp(max=1 - 2.0**-24)  # float32 rounds the largest to 1, whose noise is -inf
+    return -torch.log(-torch.log1p(-uniform))  # log1p: exact where it matters, at the large noises
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32 bits in which every input bit flips every output bit half of the time.
+
+    Shifts and constants are from the hash-prospector search (Wellons 2018); int32 products wrap.
+    """
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x21F0AAAD
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * 0x735A2D97
+    return x ^ ((x >> 15) & 0x1FFFF)

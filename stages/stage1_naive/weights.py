@@ -1,0 +1,185 @@
+"""From a folder of safetensors files to a `Transformer` on a device."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.stage1_naive.config import ModelConfig
+from stages.stage1_naive.model import Layer, Ops, Transformer
+
+Read = Callable[[str], Tensor]  # a tensor of the checkpoint by name; stage 6 reads its slice of it
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a `--device` flag.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} cannot be used here (auto, cpu, cuda, cuda:N): {reason}") from error
+    return device
+
+
+def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of a `--dtype` flag. `auto`: the checkpoint's own, but float32 on a CPU, where bfloat16
+    often has no hardware.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    dtypes = {
+        str(d).removeprefix("torch."): d
+        for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    }
+    if name == "auto":
+        name = config.dtype if device.type != "cpu" else "float32"
+    if name not in dtypes:
+        raise ValueError(f"dtype must be auto or one of {', '.join(dtypes)}, not {name}")
+    return dtypes[name]
+
+
+class Checkpoint:
+    """The tensors of a folder by name, read one by one, whichever files hold them.
+
+    Raises:
+        ValueError: a safetensors file is missing or damaged, or the tensors are not those of `config`.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self._path = path
+        self._files: dict[str, Path] = {}  # tensor name -> file
+        for file in self._list_files():
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    self._files.update(dict.fromkeys(tensors.keys(), file))
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
+        _check_names(path, config, set(self._files))
+
+    def _list_files(self) -> list[Path]:
+        index = self._path / "model.safetensors.index.json"
+        if index.is_file():  # the folder may hold other files too: the index knows which count
+            return [
+                self._path / name
+                for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
+        files = sorted(self._path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{self._path} holds no .safetensors file")
+        return files
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the dtype it was saved in."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this shape must hold, and its shape."""
+    h, i, d = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * d, config.num_kv_heads * d
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, h)
+    for n in range(config.num_layers):
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (h,),
+            "self_attn.q_proj.weight": (q, h),
+            "self_attn.k_proj.weight": (kv, h),
+            "self_attn.v_proj.weight": (kv, h),
+            "self_attn.o_proj.weight": (h, q),
+            "post_attention_layernorm.weight": (h,),
+            "mlp.gate_proj.weight": (i, h),
+            "mlp.up_proj.weight": (i, h),
+            "mlp.down_proj.weight": (h, i),
+        }
+        if config.qkv_bias:
+            layer |= {
+                "self_attn.q_proj.bias": (q,),
+                "self_attn.k_proj.bias": (kv,),
+                "self_attn.v_proj.bias": (kv,),
+            }
+        if config.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _check_names(path: Path, config: ModelConfig, names: set[str]) -> None:
+    """Raise a ValueError that names what is missing, and what is there but would be ignored."""
+    expected = set(tensor_shapes(config))
+    harmless = {name for name in names if name.endswith("rotary_emb.inv_freq")}  # old exports save them
+    if config.tied_embeddings:
+        harmless.add("lm_head.weight")
+    missing, surplus = sorted(expected - names), sorted(names - expected - harmless)
+    problems = [
+        f"{len(group)} {label} ({', '.join(group[:4])}{', ...' if len(group) > 4 else ''})"
+        for label, group in (("missing", missing), ("not of this architecture", surplus))
+        if group
+    ]
+    if problems:
+        raise ValueError(f"the tensors in {path} do not fit its config.json: {'; '.join(problems)}")
+
+
+def load_model(
+    config: ModelConfig, ops: Ops, read: Read, dtype: torch.dtype, device: torch.device, progress: bool = True
+) -> Transformer:
+    """Read every tensor once, fuse what is used together, and put it on the device.
+
+    Raises:
+        ValueError: a tensor has another shape than the config says; the message names it.
+    """
+    shapes = tensor_shapes(config)
+
+    def get(*names: str) -> Tensor:
+        parts = [read(name) for name in names]
+        for name, part in zip(names, parts, strict=True):
+            if tuple(part.shape) != shapes[name]:
+                raise ValueError(
+                    f"{name} has the shape {tuple(part.shape)}, but config.json asks for {shapes[name]}"
+                )
+        fused = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return fused.to(device=device, dtype=dtype)
+
+    def get_layer(index: int) -> Layer:
+        layer = f"model.layers.{index}."
+        attention = layer + "self_attn."
+        return Layer(
+            index=index,
+            input_norm=get(layer + "input_layernorm.weight"),
+            qkv=get(*(f"{attention}{x}_proj.weight" for x in "qkv")),
+            qkv_bias=get(*(f"{attention}{x}_proj.bias" for x in "qkv")) if config.qkv_bias else None,
+            q_norm=get(attention + "q_norm.weight") if config.qk_norm else None,
+            k_norm=get(attention + "k_norm.weight") if config.qk_norm else None,
+            o=get(attention + "o_proj.weight"),
+            post_norm=get(layer + "post_attention_layernorm.weight"),
+            gate_up=get(layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"),
+            down=get(layer + "mlp.down_proj.weight"),
+        )
+
+    embedding = get("model.embed_tokens.weight")
+    indices = tqdm(range(config.num_layers), desc="loading weights", unit="layer", disable=not progress)
+    return Transformer(
+        config=config,
+        ops=ops,
+        embedding=embedding,
+        layers=tuple(get_layer(index) for index in indices),
+        norm=get("model.norm.weight"),
+        head=embedding if config.tied_embeddings else get("lm_head.weight"),
+    )
