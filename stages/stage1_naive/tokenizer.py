@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as the chat template wants it
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
@@ -20,6 +18,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer  # takes seconds: not before a tokenizer is wanted
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
             self._backend = self._tokenizer.backend_tokenizer

@@ -1,0 +1,107 @@
+"""`LLM`: many prompts in, many answers out, in this process, without a server."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from minisgl import builtin
+from stages import LATEST, load_stage
+from stages.interface import FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from stages.stage1_naive.config import find_model
+from stages.stage1_naive.tokenizer import Message, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or a chat
+
+
+@dataclass
+class Completion:
+    """The answer to one prompt."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # the stop token too, if one ended it
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if they were asked for
+    finish_reason: FinishReason | None = None
+
+
+class LLM:
+    """A model and its tokenizer, ready to generate.
+
+    `model` is a folder in Hugging Face format or a hub name; without one it is the built-in model.
+    `stage` chooses the engine, and `options` are fields of that stage's `EngineConfig`.
+
+    Raises:
+        ValueError: the model or an option cannot be served; the message says why.
+    """
+
+    def __init__(self, model: str | None = None, *, stage: int = LATEST, **options: Any) -> None:
+        path = find_model(model or str(builtin.PATH))
+        self.tokenizer = Tokenizer(path)
+        engine = load_stage(stage)
+        try:
+            config = engine.EngineConfig(model=str(path), **options)
+        except TypeError as error:
+            raise ValueError(f"stage {stage} does not know this option: {error}") from error
+        self._engine = engine.build(config)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | str,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """One completion for each prompt, in the order of the prompts.
+
+        `params` are for all prompts, or one for each; `progress` shows a bar.
+
+        Raises:
+            ValueError: a prompt cannot be served, or `params` are not as many as `prompts`; nothing was
+                generated then.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts were given, but params for {len(each)}")
+        completions = {str(i): Completion(self._token_ids(prompt)) for i, prompt in enumerate(prompts)}
+        try:
+            for (name, completion), one in zip(completions.items(), each, strict=True):
+                seed = secrets.randbits(63) if one.seed is None else one.seed
+                self._engine.add(Request(name, completion.prompt_token_ids, one, seed))
+            self._run(completions, progress)
+        finally:  # refused or interrupted: leave an idle engine behind
+            for name in completions:
+                self._engine.abort(name)
+        return list(completions.values())
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and all(isinstance(item, Mapping) for item in prompt):
+            return self.tokenizer.chat([item for item in prompt if isinstance(item, Mapping)])
+        if all(isinstance(item, int) for item in prompt):
+            return [item for item in prompt if isinstance(item, int)]
+        raise ValueError(f"a prompt is a text, a list of token ids or a list of messages, not {prompt!r}")
+
+    def _run(self, completions: Mapping[str, Completion], progress: bool) -> None:
+        with tqdm(total=len(completions), unit="prompt", disable=not progress) as bar:
+            tokens = 0
+            while self._engine.has_work:
+                for output in self._engine.step():
+                    tokens += 1
+                    self._append(completions[output.request_id], output)
+                    bar.update(output.finish_reason is not None)
+                bar.set_postfix(tokens=tokens, refresh=False)
+        for completion in completions.values():
+            shown = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+            completion.text = self.tokenizer.decode(shown)
+
+    @staticmethod
+    def _append(completion: Completion, output: TokenOutput) -> None:
+        completion.token_ids.append(output.token_id)
+        completion.finish_reason = output.finish_reason
+        if output.logprobs is not None:
+            completion.logprobs.append(output.logprobs)

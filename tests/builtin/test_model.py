@@ -1,0 +1,56 @@
+"""The model in the package: its size, its files, and its answers to a handful of questions."""
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from minisgl.builtin import PATH, corpus
+from minisgl.builtin.evaluate import Answerer
+
+PINNED = {
+    "What is a radix cache?": "radix-cache",
+    "Why do we need pages?": "why-pages",
+    "What is continuous batching?": "continuous-batching",
+    "Can I run Mini-SGLang without a GPU?": "without-a-gpu",
+    "Which port does the server use?": "port",
+    "Who are you?": "who-are-you",
+    "Hello": "hello",
+}
+
+
+@pytest.fixture(scope="module")
+def answerer() -> Answerer:
+    return Answerer(PATH, "cpu")
+
+
+def test_the_folder_is_small() -> None:
+    assert sum(file.stat().st_size for file in PATH.iterdir()) <= 12_000_000
+
+
+def test_transformers_reads_the_tokenizer_as_it_was_trained() -> None:
+    ours, theirs = Tokenizer.from_file(str(PATH / "tokenizer.json")), AutoTokenizer.from_pretrained(PATH)
+    for entry in corpus.load():
+        for text in (entry.answer, *entry.questions):
+            assert theirs.encode(text) == ours.encode(text).ids
+
+
+def test_it_answers_the_pinned_questions(answerer: Answerer) -> None:
+    answers = {entry.key: entry.answer for entry in corpus.load()}
+    got = answerer([[{"role": "user", "content": question}] for question in PINNED])
+    assert got == [answers[key] for key in PINNED.values()]
+
+
+def test_it_answers_however_one_types(answerer: Answerer) -> None:
+    answer = next(entry.answer for entry in corpus.load() if entry.key == "radix-cache")
+    typed = ["what is a radix cache", "Hi, can you explain the radix cache please", "whats a radx cache??"]
+    assert answerer([[{"role": "user", "content": text}] for text in typed]) == [answer] * 3
+
+
+def test_a_second_question_in_a_chat_gets_its_own_answer(answerer: Answerer) -> None:
+    answers = {entry.key: entry.answer for entry in corpus.load()}
+    chat = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": answers["hello"]},
+        {"role": "user", "content": "What is a radix cache?"},
+    ]
+    assert answerer([chat]) == [answers["radix-cache"]]
