@@ -1,0 +1,140 @@
+"""`python -m minisgl.shell [MODEL]`: chat in the terminal. The engine runs in this very process."""
+
+import argparse
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import HTML
+
+from minisgl.cli import add_engine_arguments, engine_config
+from stages import load_stage
+from stages.interface import Engine, EngineConfig, Request, SamplingParams
+from stages.stage1_naive.config import find_model
+from stages.stage1_naive.tokenizer import Detokenizer, Message, Tokenizer
+
+_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer."
+
+
+class Chat:
+    """One conversation with an engine."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._params = params
+        self._messages: list[Message] = []
+
+    def reset(self) -> None:
+        self._messages.clear()
+
+    def ask(self, question: str) -> Generator[str]:
+        """The answer in pieces, as they are generated. Closing the iterator aborts it; what was said so
+        far stays part of the conversation.
+
+        Raises:
+            ValueError: the conversation cannot be continued; the question is not part of it then.
+        """
+        messages = [*self._messages, {"role": "user", "content": question}]
+        prompt = self._tokenizer.chat(messages)
+        seed = secrets.randbits(63) if self._params.seed is None else self._params.seed
+        request = Request(secrets.token_hex(8), prompt, self._params, seed)
+        self._engine.add(request)
+        said: list[str] = []
+        try:
+            for piece in self._pieces():
+                said.append(piece)
+                yield piece
+        finally:
+            self._engine.abort(request.id)
+            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+
+    def _pieces(self) -> Iterator[str]:
+        detokenizer = Detokenizer(self._tokenizer)
+        while self._engine.has_work:
+            for output in self._engine.step():
+                if output.finish_reason != "stop":
+                    yield detokenizer.push(output.token_id)
+                if output.finish_reason is not None:
+                    yield detokenizer.flush()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, in place of an exception in the middle of an engine's step."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
+    """Talk until /exit.
+
+    Raises:
+        ValueError: the model cannot be served, or has no chat template.
+    """
+    path = find_model(config.model)
+    tokenizer = Tokenizer(path)
+    if not tokenizer.has_chat_template:
+        raise ValueError(f"{config.model} has no chat template: it completes texts, but does not chat")
+    conversation = Chat(load_stage(stage).build(config), tokenizer, params)
+    print(_HELP)
+    session: PromptSession[str] = PromptSession()
+    while True:
+        try:
+            question = session.prompt(HTML("<b>you&gt;</b> ")).strip()
+        except KeyboardInterrupt:  # at the prompt: clear the line, as a shell does
+            continue
+        except EOFError:
+            return
+        if question == "/exit":
+            return
+        if question == "/reset":
+            conversation.reset()
+            print("(a new conversation)")
+        elif question.startswith("/"):
+            print(_HELP)
+        elif question:
+            _answer(conversation, question)
+
+
+def _answer(conversation: Chat, question: str) -> None:
+    with _interrupts() as interrupted:
+        pieces = conversation.ask(question)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if interrupted.is_set():
+                    print(" (stopped)", end="")
+                    break
+        except ValueError as error:  # the context is full, or the template refuses
+            print(f"({error}; /reset begins anew)", end="")
+        finally:
+            pieces.close()
+    print()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisgl.shell", description=f"Chat with a model. {_HELP}"
+    )
+    add_engine_arguments(parser, argv)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="of one answer (default: until the context is full)")
+    args = parser.parse_args(argv)
+    try:
+        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+        chat(engine_config(args), args.stage, params)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

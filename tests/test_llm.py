@@ -1,0 +1,79 @@
+"""`minisgl.LLM` as a script uses it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minisgl import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Callable[[str], Path]) -> LLM:
+    return LLM(str(checkpoint("qwen3")))
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["one", "two and a half", "three"]
+    together = llm.generate(prompts, GREEDY, progress=False)
+    alone = [llm.generate(prompt, GREEDY, progress=False)[0] for prompt in prompts]
+    assert together == alone
+    assert [llm.tokenizer.decode(completion.prompt_token_ids) for completion in together] == prompts
+
+
+def test_texts_token_ids_and_chats_may_stand_side_by_side(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("hello")
+    chat = [{"role": "user", "content": "hello"}]
+    text, tokens, answer = llm.generate(["hello", ids, chat], GREEDY, progress=False)
+    assert text == tokens
+    assert answer.prompt_token_ids == llm.tokenizer.chat(chat)
+    assert text.text == llm.tokenizer.decode(text.token_ids)
+
+
+def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=n, ignore_eos=True, seed=1, logprobs=n) for n in (1, 5)]
+    short, long = llm.generate(["a", "a"], params, progress=False)
+    assert (len(short.token_ids), len(long.token_ids)) == (1, 5)
+    assert short.finish_reason == long.finish_reason == "length"
+    assert [len(one.top) for one in long.logprobs] == [5] * 5
+    assert short.token_ids == long.token_ids[:1]
+
+
+def test_without_a_seed_every_prompt_draws_another(llm: LLM) -> None:
+    hot = SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True)
+    first, second = llm.generate(["a", "a"], hot, progress=False)
+    assert first.token_ids != second.token_ids
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="exceed the context of 512"):
+        llm.generate(["fine", "not"], [GREEDY, SamplingParams(max_tokens=10_000)], progress=False)
+    assert llm.generate([], progress=False) == []
+    assert len(llm.generate(["fine"], GREEDY, progress=False)) == 1
+
+
+def test_mistakes_are_named(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="2 prompts were given, but params for 1"):
+        llm.generate(["a", "b"], [GREEDY], progress=False)
+    with pytest.raises(ValueError, match="a prompt is a text, a list of token ids or a list of messages"):
+        llm.generate([["a", "b"]], GREEDY, progress=False)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        llm.generate([[]], GREEDY, progress=False)
+    with pytest.raises(ValueError, match="no folder"):
+        LLM("./nowhere")
+    with pytest.raises(ValueError, match="does not know this option"):
+        LLM(wings=2)
+
+
+def test_the_built_in_model_answers() -> None:
+    (answer,) = LLM().generate(
+        [[{"role": "user", "content": "What is a radix cache?"}]], GREEDY, progress=False
+    )
+    assert answer.text.startswith("A radix cache keeps the KV pages")
+
+
+def test_progress_is_shown_when_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in capsys.readouterr().err
