@@ -1,6 +1,8 @@
 # Everything a person does here, from a fresh clone with only Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Keeps mkdocs-material from printing a banner about another project.
+export NO_MKDOCS_2_WARNING := 1
 # A driver means a GPU: then the GPU kernels are installed too.
 SERVE_EXTRAS := $(if $(shell command -v nvidia-smi),[gpu],)
 
