@@ -1,0 +1,101 @@
+"""`python -m minisgl.launch [MODEL]`: serve a model to OpenAI clients."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from minisgl import builtin
+from minisgl.cli import add_engine_arguments, engine_config
+from stages.interface import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = """\
+examples:
+  python -m minisgl.launch                         the built-in model, on this machine only
+  python -m minisgl.launch Qwen/Qwen3-0.6B         a model from the Hugging Face hub
+  python -m minisgl.launch ./my-model --port 8000  a model from a folder, on another port
+  python -m minisgl.launch --host 0.0.0.0          for the whole network (there is no password)
+  python -m minisgl.launch --stage 1 --help        the flags of stage 1's engine
+
+Then point any OpenAI client at http://127.0.0.1:1919/v1; every API key is accepted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit status: 0 when told to stop, 1 after an error, which is on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same way out as Ctrl-C
+    try:
+        args = _parse(argv)
+        logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        return _run(args)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported late: the engine process imports this module once more, and needs neither of the two.
+    from minisgl.server.engine_client import EngineDied
+    from minisgl.server.main import ServerOptions, run_server
+
+    name = args.model_name or (_last_component(args.model) if args.model else builtin.NAME)
+    options = ServerOptions(args.host, args.port, name, args.log_level)
+    try:
+        if args.shell:
+            from minisgl.shell import chat
+
+            chat(engine_config(args), args.stage, SamplingParams(temperature=0.0))
+        else:
+            run_server(args.stage, engine_config(args), options)
+    except (ValueError, OSError, EngineDied) as error:
+        logger.debug("the traceback", exc_info=error)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library wrote
+        return 1
+    return 0
+
+
+def _last_component(model: str) -> str:
+    return os.path.basename(os.path.abspath(model))  # also of "." and "models/tiny/"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisgl.launch",
+        description="Serve a language model over HTTP, to OpenAI clients.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    server.add_argument(
+        "--port",
+        type=_port,
+        default=1919,
+        help="port to listen on; 0 takes a free one (default: %(default)s)",
+    )
+    server.add_argument(
+        "--model-name", metavar="NAME", help="what clients call the model (default: the last part of MODEL)"
+    )
+    server.add_argument(
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="debug also logs every HTTP request (default: %(default)s)",
+    )
+    server.add_argument("--shell", action="store_true", help="chat in this terminal instead of serving")
+    add_engine_arguments(parser, argv)
+    return parser.parse_args(argv)
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"a port is from 0 to 65535, not {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

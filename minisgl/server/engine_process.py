@@ -1,0 +1,87 @@
+"""The engine process: loads the model, then steps the engine for as long as its parent lives."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import zmq
+
+from minisgl.server.messages import Abort, Died, FromEngine, Outputs, Ready, Refused, ToEngine, encode
+from minisgl.server.messages import decode_to_engine as decode
+from stages import load_stage
+from stages.interface import Engine, EngineConfig
+
+
+class Link:
+    """The engine's end of the link."""
+
+    def __init__(self, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+
+    def receive(self, wait: bool) -> ToEngine | None:
+        """The next message; without `wait` None if there is none."""
+        return decode(self._inbox.recv()) if wait or self._inbox.poll(0) else None
+
+    def send(self, message: FromEngine) -> None:
+        """Does not block: a slow reader never slows the engine."""
+        self._outbox.send(encode(message))
+
+
+def serve_engine(engine: Engine, link: Link) -> None:
+    """Step `engine`, and between the steps do what the messages say. Ends only by an exception."""
+    while True:
+        while message := link.receive(wait=not engine.has_work):
+            _obey(message, engine, link)
+        if outputs := engine.step():
+            link.send(Outputs(outputs))
+
+
+def _obey(message: ToEngine, engine: Engine, link: Link) -> None:
+    if isinstance(message, Abort):
+        return engine.abort(message.request_id)
+    try:
+        engine.add(message.request)
+    except ValueError as error:
+        link.send(Refused(message.request.id, str(error)))
+
+
+def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log_level: str) -> None:
+    """The engine process: `addresses` are where to receive and to send, both bound by the parent.
+
+    Ends with status 1 after its last words, or with 0 by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an exit that cleans up behind the libraries
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+        for socket, address in zip((inbox, outbox), addresses, strict=True):
+            socket.set_hwm(0)  # no limit of its own: the open requests are one
+            socket.connect(address)
+        link = Link(inbox, outbox)
+        loaded = False
+        try:
+            engine = load_stage(stage).build(config)
+            loaded = True
+            link.send(Ready(engine.context_length))
+            serve_engine(engine, link)
+        except Exception as error:
+            if isinstance(error, ValueError) and not loaded:  # the user's mistake: the sentence says it all
+                link.send(Died(str(error)))
+            else:
+                traceback.print_exc()
+                link.send(Died(f"the engine failed: {type(error).__name__}: {error}"))
+    sys.exit(1)
+
+
+def _die_with_parent() -> None:
+    """Even if the parent is killed, and even in the middle of loading or of a step."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this process is always a child
+    parent.join()
+    os._exit(1)

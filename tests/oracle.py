@@ -1,0 +1,104 @@
+"""The tie rule (DESIGN.md section 4, invariant 1): what it means that greedy tokens equal the oracle's.
+
+Two correct programs round differently, so where the oracle's best two tokens are a hair apart either may
+be chosen, and every later token differs. Such a tie ends the comparison of its request; it must be rare.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stages.interface import Engine, Request, SamplingParams, TokenOutput
+
+TIE = 1e-4  # logits closer than this are a tie
+MAX_TIED = 0.01  # the share of requests whose comparison may end in one
+
+
+@dataclass(frozen=True)
+class OracleRun:
+    """A request's greedy tokens, and at each step the second best and how far behind the best it was."""
+
+    tokens: Sequence[int]
+    runners_up: Sequence[int]
+    margins: Sequence[float]
+
+
+def ends_in_tie(oracle: OracleRun, actual: Sequence[int]) -> bool:
+    """Whether `actual` leaves the oracle's tokens at a tie; False: they are equal to the end.
+
+    Raises:
+        AssertionError: they differ where there is no tie, or one is longer than the other.
+    """
+    for step, (expected, token) in enumerate(zip(oracle.tokens, actual, strict=False)):
+        if token != expected:
+            assert oracle.margins[step] <= TIE, (
+                f"step {step}: token {token} instead of {expected}, "
+                f"which leads {oracle.runners_up[step]} by {oracle.margins[step]:.2e}"
+            )
+            assert token == oracle.runners_up[step], f"step {step}: token {token} is neither of the tied two"
+            return True
+    assert len(actual) == len(oracle.tokens), f"{len(actual)} tokens instead of {len(oracle.tokens)}"
+    return False
+
+
+def assert_same_greedy(runs: Iterable[tuple[OracleRun, Sequence[int]]]) -> None:
+    """Hold many requests to the rule, the limit on how many may end in a tie included."""
+    tied = [ends_in_tie(oracle, actual) for oracle, actual in runs]
+    assert tied, "there is nothing to compare"
+    assert sum(tied) < MAX_TIED * len(tied), f"{sum(tied)} of {len(tied)} requests end in a tie"
+
+
+def run_engine(engine: Engine, requests: Iterable[Request]) -> dict[str, list[TokenOutput]]:
+    """Add all the requests, step until nothing is left, and return each one's outputs."""
+    outputs: dict[str, list[TokenOutput]] = {}
+    for request in requests:
+        engine.add(request)
+        outputs[request.id] = []
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    return outputs
+
+
+def tokens_of(outputs: Iterable[TokenOutput]) -> list[int]:
+    return [output.token_id for output in outputs]
+
+
+def greedy_request(prompt: Sequence[int], steps: int, name: str = "greedy") -> Request:
+    """Exactly `steps` greedy tokens, with the log-probabilities that show how close the second best is."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True, logprobs=2)
+    return Request(name, prompt, params)
+
+
+def from_engine(engine: Engine, prompt: Sequence[int], steps: int) -> OracleRun:
+    """An engine's greedy run as the oracle of another's."""
+    outputs = run_engine(engine, [greedy_request(prompt, steps)])["greedy"]
+    tops = [output.logprobs.top for output in outputs if output.logprobs is not None]
+    return OracleRun(
+        tokens=tokens_of(outputs),
+        runners_up=[second[0] for _, second in tops],
+        margins=[first[1] - second[1] for first, second in tops],
+    )
+
+
+def from_transformers(model: Any, prompt: Sequence[int], steps: int) -> OracleRun:
+    """The greedy run of a `transformers` model by its own `generate`."""
+    model.generation_config.eos_token_id = None  # `steps` tokens, whatever they are
+    model.generation_config.pad_token_id = 0
+    generate: Callable[..., Any] = model.generate
+    result = generate(
+        torch.tensor([list(prompt)], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    top = torch.cat(result.logits).topk(2, dim=-1)  # [steps, 2]
+    return OracleRun(
+        tokens=result.sequences[0, len(prompt) :].tolist(),
+        runners_up=top.indices[:, 1].tolist(),
+        margins=(top.values[:, 0] - top.values[:, 1]).tolist(),
+    )
