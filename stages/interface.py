@@ -31,7 +31,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides (or multiplies) the logit of every token in prompt or output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     logprobs: int | None = None  # None: none; n: the chosen token's, and those of the n most probable
-    seed: int | None = None  # None: the engine's caller draws one; see `Request.seed`
+    seed: int | None = None  # for who makes the request: engines read `Request.seed` alone
     max_tokens: int | None = None  # None: until the context is full
     stop_token_ids: Sequence[int] = ()  # these end the request, besides the model's own
     ignore_eos: bool = False  # the model's own stop tokens do not end the request
@@ -42,16 +42,30 @@ class SamplingParams:
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_below=True)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
+        _whole("top_k", self.top_k, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias of token {token}", bias, -100.0, 100.0)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
-            _within("seed", self.seed, -(2**63), 2**63 - 1)
+            _whole("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
+
+    @property
+    def has_filters(self) -> bool:
+        return bool(self.top_k or self.min_p) or self.top_p < 1
+
+
+def _whole(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, but {value!r} was given")
+    _within(name, value, low, high)
 
 
 def _within(name: str, value: float, low: float, high: float, open_below: bool = False) -> None:

@@ -65,7 +65,11 @@ async def completion_call(body: CompletionBody, tokenizer: Tokenizer, context_le
     """
     params = _sampling_params(body, body.logprobs, body.max_tokens)
     prompts = []
-    for prompt in await asyncio.to_thread(_tokenize, body.prompt, tokenizer):
+    try:
+        tokenized = await asyncio.to_thread(_tokenize, body.prompt, tokenizer)
+    except ValueError as error:
+        raise ApiError(str(error), param="prompt") from error
+    for prompt in tokenized:
         room = _room(prompt, params, context_length, "prompt")
         max_tokens = params.max_tokens or min(COMPLETION_TOKENS, room)
         prompts.append((prompt, replace(params, max_tokens=max_tokens)))

@@ -23,10 +23,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide the low frequencies by `factor`, keep the high ones, and blend in between."""
-    turns = scaling.original_context * frequencies / (2 * math.pi)  # full turns in the trained context
+    turns = scaling.original_context / (2 * math.pi / frequencies)  # full turns in the trained context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)  # 0: slow, stretched; 1: fast, as it was
-    return frequencies * (blend + (1.0 - blend) / scaling.factor)
+    return (1.0 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:

@@ -1,15 +1,11 @@
 """What a checkpoint's `config.json` says, reduced to what the model needs. Imports no torch."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-_DOWNLOAD = ["*.json", "*.safetensors", "*.jinja"]
 
 # architecture -> (bias on q, k and v; RMSNorm on each head of q and k)
 _FAMILIES = {
@@ -18,6 +14,11 @@ _FAMILIES = {
     "Qwen2ForCausalLM": (True, False),
     "Qwen3ForCausalLM": (False, True),
 }
+_DOWNLOAD = ["*.json", "*.safetensors", "*.jinja"]
+_NOT_NEEDED = ["consolidated*", "original/*"]  # the same weights again, in another layout
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+T = TypeVar("T")
 
 
 def find_model(name: str) -> Path:
@@ -32,11 +33,56 @@ def find_model(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):  # the hub's names are owner/model
         raise ValueError(f"there is no folder {name}, and a hub name looks like Qwen/Qwen3-0.6B")
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOAD))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOAD, ignore_patterns=_NOT_NEEDED))
+    except Exception as error:  # a network fails in many ways
         raise ValueError(
             f"{name} is not a folder here and could not be fetched from the Hugging Face hub: {error}"
         ) from error
+
+
+class _Rope(msgspec.Struct):
+    """How positions turn. transformers 5 writes all of it as `rope_parameters`; before, `rope_theta` stood
+    apart, and the rest was `rope_scaling`."""
+
+    rope_theta: float | None = None
+    rope_type: str | None = None
+    type: str | None = None  # the older name of `rope_type`
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: Count | None = None
+
+
+class _HuggingFaceConfig(msgspec.Struct):
+    """`config.json`, the part of it that matters here."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    max_position_embeddings: Count
+    rms_norm_eps: float
+    architectures: list[str] | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    rope_theta: float | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    tie_word_embeddings: bool | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None  # the older name of `dtype`
+    eos_token_id: int | list[int] | None = None
+    sliding_window: Count | None = None
+    use_sliding_window: bool | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    quantization_config: Any = None
+
+
+class _GenerationConfig(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,94 +125,84 @@ class ModelConfig:
         """
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is not a model folder: it has no config.json")
-        raw = _read_json(path / "config.json")
-        family = (raw.get("architectures") or ["(none)"])[0]
+        raw = _read(path / "config.json", _HuggingFaceConfig)
+        family = raw.architectures[0] if raw.architectures else "model of no family (none is named)"
         if family not in _FAMILIES:
             raise ValueError(f"{path} is a {family}; supported are {', '.join(_FAMILIES)}")
-        qkv_bias, qk_norm = _FAMILIES[family]
-        _refuse_unsupported(path, raw)
-        eos = raw.get("eos_token_id")
+        _refuse_unsupported(path, raw, family)
+        eos = raw.eos_token_id
         if (path / "generation_config.json").is_file():
-            eos = _read_json(path / "generation_config.json").get("eos_token_id", eos)
-        try:
-            return cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
-                num_heads=raw["num_attention_heads"],
-                num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                context_length=_context_length(raw),
-                norm_eps=raw["rms_norm_eps"],
-                rope_theta=float(_rope(raw).get("rope_theta", 10_000.0)),
-                rope_scaling=_rope_scaling(path, _rope(raw)),
-                tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                qkv_bias=qkv_bias,
-                qk_norm=qk_norm,
-                dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
-                eos_token_ids=_as_tuple(eos),
-            )
-        except KeyError as error:
-            raise ValueError(f"{path / 'config.json'} lacks {error.args[0]!r}") from error
+            generation = _read(path / "generation_config.json", _GenerationConfig)
+            eos = eos if generation.eos_token_id is None else generation.eos_token_id
+        qkv_bias, qk_norm = _FAMILIES[family]
+        rope = raw.rope_parameters or raw.rope_scaling or _Rope()
+        return cls(
+            vocab_size=raw.vocab_size,
+            hidden_size=raw.hidden_size,
+            intermediate_size=raw.intermediate_size,
+            num_layers=raw.num_hidden_layers,
+            num_heads=raw.num_attention_heads,
+            num_kv_heads=raw.num_key_value_heads or raw.num_attention_heads,
+            head_dim=raw.head_dim or raw.hidden_size // raw.num_attention_heads,
+            context_length=_context_length(raw, family),
+            norm_eps=raw.rms_norm_eps,
+            rope_theta=rope.rope_theta or raw.rope_theta or 10_000.0,
+            rope_scaling=_rope_scaling(path, rope),
+            tied_embeddings=bool(raw.tie_word_embeddings),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            dtype=raw.dtype or raw.torch_dtype or "bfloat16",
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[T]) -> T:
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path} is JSON, but not a model's: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
-    return content
 
 
-def _as_tuple(eos: int | list[int] | None) -> tuple[int, ...]:
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
+def _refuse_unsupported(path: Path, raw: _HuggingFaceConfig, family: str) -> None:
     """Better no answer than a wrong one: name what this model has and the code lacks."""
     problems = []
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"the activation {raw['hidden_act']} (only silu)")
-    if raw.get("attention_bias") and "Qwen2ForCausalLM" not in raw["architectures"]:
+    if raw.hidden_act != "silu":
+        problems.append(f"the activation {raw.hidden_act} (only silu)")
+    if raw.attention_bias and family != "Qwen2ForCausalLM":
         problems.append("attention_bias")
-    if raw.get("mlp_bias"):
+    if raw.mlp_bias:
         problems.append("mlp_bias")
-    if raw.get("quantization_config"):
+    if raw.quantization_config:
         problems.append("quantized weights")
+    if raw.num_attention_heads % (raw.num_key_value_heads or raw.num_attention_heads):
+        problems.append(f"{raw.num_attention_heads} query heads on {raw.num_key_value_heads} key/value heads")
     if problems:
         raise ValueError(f"{path} needs {', '.join(problems)}, which is not supported")
 
 
-def _context_length(raw: Mapping[str, Any]) -> int:
+def _context_length(raw: _HuggingFaceConfig, family: str) -> int:
     """Positions the model can tell apart. Within its sliding window a model that has one attends to
     everything, so a shorter context makes it exact without any code for windows."""
-    context = int(raw["max_position_embeddings"])
-    window = raw.get("sliding_window")
-    return min(context, window) if window and raw.get("use_sliding_window", True) else context
+    used = raw.use_sliding_window
+    if used is None:
+        used = not family.startswith("Qwen")  # what transformers takes for granted
+    window = raw.sliding_window if used else None
+    return min(raw.max_position_embeddings, window or raw.max_position_embeddings)
 
 
-def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 writes one `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart."""
-    if raw.get("rope_parameters"):
-        return dict(raw["rope_parameters"])
-    apart = dict(raw.get("rope_scaling") or {})
-    return {"rope_theta": raw["rope_theta"], **apart} if "rope_theta" in raw else apart
-
-
-def _rope_scaling(path: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _rope_scaling(path: Path, rope: _Rope) -> RopeScaling | None:
+    kind = rope.rope_type or rope.type or "default"
     if kind == "default":
         return None
     if kind != "llama3":
         raise ValueError(f"{path} scales RoPE by {kind!r}; supported are 'default' and 'llama3'")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
-    )
+    factor, original = rope.factor, rope.original_max_position_embeddings
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if factor is None or low is None or high is None or original is None:
+        raise ValueError(
+            f"{path}: llama3's RoPE scaling needs factor, low_freq_factor, high_freq_factor and "
+            "original_max_position_embeddings"
+        )
+    return RopeScaling(factor, low, high, original)

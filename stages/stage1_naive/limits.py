@@ -30,12 +30,14 @@ class Limits:
         """Refuse what can never be served. `known` are the ids of the requests being served.
 
         Raises:
-            RequestRefused: the id is taken, or the prompt is empty, too long, or names tokens the
-                model does not have.
+            RequestRefused: the id is taken, the seed too large, or the prompt is empty, too long, or
+                names tokens the model does not have.
         """
         prompt, params = request.prompt, request.params
         if request.id in known:
             raise RequestRefused(f"a request with the id {request.id!r} is being served already")
+        if not -(2**63) <= request.seed < 2**63:
+            raise RequestRefused(f"the seed {request.seed} does not fit into 64 bits")
         if not prompt:
             raise RequestRefused("the prompt has no tokens; at least one is needed")
         if len(prompt) >= self.context_length:

@@ -1,9 +1,9 @@
 """From logits to tokens: penalties, filters, and a draw that depends on nothing but its own request.
 
-Everything works on rows [R, V], without a Python loop over them, so later stages sample whole batches with
-this module. The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of
-logits / T + noise is distributed as softmax(logits / T). The noise of a row is a hash of its request's
-seed, the position and the token id, so a text depends neither on the batch nor on the order of arrival.
+`sample` works on rows [R, V] without a Python loop over them, so later stages sample whole batches with it.
+The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the argmax of logits / T + noise is
+distributed as softmax(logits / T). The noise of a row is a hash of its request's seed, the position and the
+token id, so a text depends neither on the batch nor on the order of arrival.
 """
 
 from collections.abc import Sequence
@@ -57,6 +57,7 @@ class Filters:
         top_p = self.top_p.unsqueeze(1)
         keep &= (before < top_p) | (top_p >= 1.0)  # off must stay exactly off: a sum may round to above 1
         keep &= probs >= self.min_p.unsqueeze(1) * probs[:, :1]
+        keep[:, 0] = True  # a top_p that rounds to 0 still leaves the best
         last = keep.sum(dim=-1, keepdim=True) - 1  # what is kept is a beginning of the sorted row
         return logits.masked_fill(logits < descending.gather(-1, last), -torch.inf)
 
@@ -87,9 +88,9 @@ class SamplingBatch:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         penalties = bias = filters = None
-        if any(p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty for p in params):
-            counts = torch.stack([_count(output, vocab_size) for _, output in rows])
-            in_prompt = torch.stack([_count(request.prompt, vocab_size) for request, _ in rows]) > 0
+        if any(p.has_penalties for p in params):
+            counts = torch.stack([count_tokens(output, vocab_size) for _, output in rows])
+            in_prompt = torch.stack([count_tokens(request.prompt, vocab_size) for request, _ in rows]) > 0
             penalties = Penalties(
                 in_prompt=in_prompt.to(device),
                 counts=counts.to(device),
@@ -102,7 +103,7 @@ class SamplingBatch:
             for row, p in enumerate(params):
                 bias[row, list(p.logit_bias)] = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32)
             bias = bias.to(device)
-        if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+        if any(p.has_filters for p in params):
             filters = Filters(
                 top_k=integers([p.top_k or vocab_size for p in params]),
                 top_p=column([p.top_p for p in params]),
@@ -119,7 +120,7 @@ class SamplingBatch:
         )
 
 
-def _count(token_ids: Sequence[int], vocab_size: int) -> Tensor:
+def count_tokens(token_ids: Sequence[int], vocab_size: int) -> Tensor:
     """How often each token occurs, [V] int32."""
     return torch.tensor(token_ids, dtype=torch.int64).bincount(minlength=vocab_size).to(torch.int32)
 

@@ -23,7 +23,9 @@ class Tokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path, clean_up_tokenization_spaces=False)
             self._backend = self._tokenizer.backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
+            self._backend.no_truncation()  # tokenizer.json may ask for both, left from the model's training
+            self._backend.no_padding()
+        except Exception as error:  # a broken file fails in as many ways as there are fields in it
             raise ValueError(
                 f"no fast tokenizer (tokenizer.json) could be loaded from {path}: {error}"
             ) from error
@@ -33,7 +35,14 @@ class Tokenizer:
         """Token ids of `text`, with the model's own prefix (BOS) where it has one.
 
         Safe to call from several threads: the backend is only read.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which is no character.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: {error.reason}") from error
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -68,36 +77,47 @@ class Detokenizer:
     """Turns one request's tokens into text as they arrive, never half a character.
 
     A token's text depends on its neighbours (a space before a word, bytes of one character spread over
-    tokens), so each step decodes a short window twice, with and without the new tokens, and emits the
-    difference. The window begins at the tokens emitted last, which keeps the whole linear in the length.
+    tokens, a byte-level token that ends one character and begins the next), so each step decodes a short
+    window and emits what is certain and not yet sent. The window begins at tokens sent already, which keeps
+    the whole linear in the length.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._emitted = 0  # how many tokens of the window have left as text already
+        self._sent = 0  # characters of the window's text that have left already
+        self._clean = 0  # tokens of the window that end with a whole character, so that all of them are sent
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; empty while a character is incomplete."""
         self._window.append(token_id)
-        for held in range(_LONGEST_CHARACTER):  # the last tokens may be the start of a character
-            cut = len(self._window) - held
-            if cut <= self._emitted:
-                return ""
-            text = self._tokenizer.decode(self._window[:cut])
-            if not text.endswith(_REPLACEMENT):
-                break
-        return self._emit(cut, text)  # without a break: no character is that long, the bytes are invalid
+        text = self._tokenizer.decode(self._window)
+        if not text.endswith(_REPLACEMENT):
+            return self._emit(text, text)
+        if len(self._window) - self._clean < _LONGEST_CHARACTER:  # these bytes may become a character
+            return self._emit(text, text.rstrip(_REPLACEMENT))
+        return self._emit(text, text[:-1])  # all but the last will not: they are invalid, or whole
 
     def flush(self) -> str:
         """What is left at the end: an incomplete character becomes U+FFFD."""
-        return self._emit(len(self._window), self._tokenizer.decode(self._window))
+        text = self._tokenizer.decode(self._window)
+        return self._emit(text, text)
 
-    def _emit(self, cut: int, text: str) -> str:
-        new = text[len(self._tokenizer.decode(self._window[: self._emitted])) :]
-        if new:
-            del self._window[: self._emitted]
-            self._emitted = cut - self._emitted
-        else:  # tokens without text, special ones: forget them, the neighbour is the token before
-            del self._window[self._emitted : cut]
+    def _emit(self, text: str, certain: str) -> str:
+        new = certain[self._sent :]
+        self._sent = max(self._sent, len(certain))
+        whole = self._sent == len(text)
+        if whole and new:  # what came before this text is not needed any more
+            self._shorten(text, self._clean)
+        elif len(self._window) > 2 * _LONGEST_CHARACTER:  # tokens without text, or invalid bytes
+            self._shorten(text, _LONGEST_CHARACTER)
+        if whole:
+            self._clean = len(self._window)
         return new
+
+    def _shorten(self, text: str, count: int) -> None:
+        """Drop the first tokens. Texts are compared from their ends: a beginning may decode otherwise."""
+        unsent = len(text) - self._sent
+        del self._window[:count]
+        self._sent = len(self._tokenizer.decode(self._window)) - unsent
+        self._clean = max(0, self._clean - count)

@@ -1,9 +1,9 @@
 """From a folder of safetensors files to a `Transformer` on a device."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name} cannot be used here (auto, cpu, cuda, cuda:N): {reason}") from error
@@ -50,6 +50,10 @@ def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dt
     return dtypes[name]
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]  # tensor name -> file name
+
+
 class Checkpoint:
     """The tensors of a folder by name, read one by one, whichever files hold them.
 
@@ -67,18 +71,29 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
         _check_names(path, config, set(self._files))
+        if config.tied_embeddings and "lm_head.weight" in self._files:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """A checkpoint may store the tied matrix twice, but not two different ones."""
+        if not torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight")):
+            raise ValueError(
+                f"config.json in {self._path} ties the embeddings, but lm_head.weight is stored and differs; "
+                "set tie_word_embeddings to false"
+            )
 
     def _list_files(self) -> list[Path]:
         index = self._path / "model.safetensors.index.json"
         if index.is_file():  # the folder may hold other files too: the index knows which count
-            return [
-                self._path / name
-                for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            ]
-        files = sorted(self._path.glob("*.safetensors"))
-        if not files:
+            try:
+                files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{index} is no index of tensors: {error}") from error
+            return [self._path / name for name in sorted(set(files))]
+        files_here = sorted(self._path.glob("*.safetensors"))
+        if not files_here:
             raise ValueError(f"{self._path} holds no .safetensors file")
-        return files
+        return files_here
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it was saved in."""
