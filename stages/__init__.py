@@ -7,6 +7,7 @@ from stages.interface import Stage
 
 _STAGES = {
     1: "stages.stage1_naive.engine",
+    2: "stages.stage2_paged.engine",
 }
 LATEST = max(_STAGES)
 

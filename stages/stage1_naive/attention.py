@@ -30,9 +30,13 @@ def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:
-    """Cosines, then sines, of every angle: [length, head_dim], float32."""
+    """What `rotate` multiplies with at each position: [length, 2, head_dim], float32.
+
+    The cosines are there twice, for both dimensions of a pair, and so are the sines, the first ones negative.
+    """
     angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(config))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+    cos, sin = angles.cos(), angles.sin()  # [length, head_dim / 2]
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).to(device)
 
 
 def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
@@ -41,9 +45,10 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     Dimension i is paired with i + head_dim / 2, as in the Hugging Face checkpoints.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = table[positions].to(wide).unsqueeze(1).chunk(2, dim=-1)  # [T, 1, head_dim / 2] each
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    cos, sin = table[positions].to(wide).split(1, dim=1)  # [T, 1, head_dim] each
+    x, dtype = x.to(wide), x.dtype
+    partners = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, partners, sin).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,20 @@ class QKV:
     """Splits the fused product into heads, normalises and rotates q and k. Later stages use it as it is."""
 
     config: ModelConfig
-    rope: Tensor  # [context, head_dim]
+    rope: Tensor  # [context, 2, head_dim]
 
     def __call__(self, layer: Layer, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`qkv` [T, (N + 2K) * D] -> q [T, N, D], k [T, K, D], v [T, K, D]."""
         c = self.config
         heads = qkv.view(len(qkv), -1, c.head_dim)  # [T, N + 2K, D]
-        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        qk, v = torch.split(heads, [c.num_heads + c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)
-        return rotate(q, self.rope, positions), rotate(k, self.rope, positions), v
+            q, k = torch.split(qk, [c.num_heads, c.num_kv_heads], dim=1)
+            qk = torch.cat(
+                [rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], dim=1
+            )
+        q, k = torch.split(rotate(qk, self.rope, positions), [c.num_heads, c.num_kv_heads], dim=1)
+        return q, k, v
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,9 @@ def test_scaled_frequencies_are_those_of_transformers(
 def test_rotation_turns_by_the_position() -> None:
     x = torch.randn(3, 2, 8, dtype=torch.float64)
     angles = torch.tensor([[0.0] * 4, [0.1, 0.2, 0.3, 0.4], [3.0] * 4], dtype=torch.float64)  # by position
-    turned = rotate(x, torch.cat([angles.cos(), angles.sin()], -1), torch.tensor([1, 0, 1]))
+    cos, sin = angles.cos(), angles.sin()
+    table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
+    turned = rotate(x, table, torch.tensor([1, 0, 1]))
     as_complex = torch.complex(x[..., :4], x[..., 4:])
     by = torch.exp(1j * angles[[1, 0, 1]]).unsqueeze(1)
     torch.testing.assert_close(turned, torch.view_as_real(as_complex * by).transpose(-1, -2).flatten(-2))

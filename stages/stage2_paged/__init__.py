@@ -1,0 +1,1 @@
+"""Stage 2: a paged KV cache and continuous batching. Many requests at once, memory without holes."""

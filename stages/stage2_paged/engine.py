@@ -1,0 +1,55 @@
+"""Stage 2, assembled: pages, a table of requests, a scheduler, and kernels that read pages."""
+
+from stages.interface import Engine, Request, TokenOutput
+from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.prefix_cache import NoPrefixCache
+from stages.stage2_paged.request_table import RequestTable
+from stages.stage2_paged.runner import ModelRunner
+from stages.stage2_paged.scheduler import Scheduler
+
+__all__ = ["EngineConfig", "PagedEngine", "build"]
+
+
+def build(config: EngineConfig) -> Engine:
+    """Load the model, measure the room for pages, and assemble the engine.
+
+    Raises:
+        ValueError: the model or the configuration cannot be served; the message says why.
+    """
+    loaded = load(config)
+    num_pages = config.num_pages or measure_pages(config, loaded)
+    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
+    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, NoPrefixCache())
+    scheduler = Scheduler(table, config.max_batch_tokens)
+    runner = make_runner(config, loaded, num_pages)
+    return PagedEngine(table, scheduler, runner, limits.context_length)
+
+
+class PagedEngine:
+    """Schedule a batch, run it, commit its tokens, and again."""
+
+    def __init__(
+        self, table: RequestTable, scheduler: Scheduler, runner: ModelRunner, context_length: int
+    ) -> None:
+        self._table = table
+        self._scheduler = scheduler
+        self._runner = runner
+        self._context_length = context_length
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def has_work(self) -> bool:
+        return self._table.has_work
+
+    def add(self, request: Request) -> None:
+        self._table.add(request)
+
+    def abort(self, request_id: str) -> None:
+        self._table.abort(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        batch = self._scheduler.schedule()
+        return self._table.commit(batch, self._runner.launch(batch).wait()) if batch else []
