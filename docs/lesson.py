@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Colours that stand out on white and on the dark palette alike.
 BLUE, ORANGE, GREY = "#3d8bd4", "#dd7a2b", "#8b929b"
+GREEN, RED, PURPLE, TEAL = "#4d9e58", "#d0505c", "#9a6fc4", "#2f9c9c"
 _INK = "#010203"  # what is drawn in this takes the colour of the page's text, light or dark
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -67,10 +68,12 @@ def code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
-def canvas(width: float, height: float, columns: int = 1, **axes: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes (an array of them where there are several columns)."""
+def canvas(
+    width: float, height: float, columns: int = 1, rows: int = 1, **axes: Any
+) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes (an array of them where there are several)."""
     figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns, **axes)
+    return figure, figure.subplots(rows, columns, **axes)
 
 
 def publish(figure: Figure, alt: str, caption: str) -> None:

@@ -85,8 +85,8 @@ class Slots:
             self._sampler.pack(sampling),  # [S * columns]
             *self._new_pages(rows),  # [U], [U]
         ]
-        (tokens, positions, token_slots, row_slots, kv_lengths, decode_starts, prefill_starts, sampled, samples,
-         where, pages) = self._staging.copy(parts)  # fmt: skip
+        (tokens, positions, token_slots, row_slots, kv_lengths, decode_starts, prefill_starts, sampled,
+         samples, where, pages) = self._staging.copy(parts)  # fmt: skip
         self._page_table.view(-1).index_copy_(0, where.long(), pages)
         token_slots, positions = token_slots.long(), positions.long()
         page = self._page_table[token_slots, positions // self._page_size]
