@@ -1,6 +1,7 @@
 """The pieces every engine from here on is assembled from: loaded, measured, joined."""
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,45 +111,57 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRu
 
 
 def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
-    """How many pages fit besides the weights and the largest step.
+    """How many pages the cache gets: those asked for, or as many as fit besides the weights and a step.
 
-    On a GPU that step is run once, and what its peak leaves of `memory_fraction` is the room; on a CPU the
-    room is 1 GiB.
+    On a GPU the largest steps are run once, which also compiles their kernels, and what their peak leaves of
+    `memory_fraction` is the room. On a CPU the room is 1 GiB.
 
     Raises:
         ValueError: there is no room for the cache.
     """
-    most = config.max_rows * -(-loaded.limits.context_length // loaded.page_size)  # more could not be used
+    rows, page_size, per_page = config.max_rows, loaded.page_size, loaded.bytes_per_page
+    most = rows * -(-loaded.limits.context_length // page_size)  # more could not be used
     if loaded.device.type != "cuda":
-        return min(most, max(1, _CACHE_ON_CPU // loaded.bytes_per_page))
+        return config.num_pages or min(most, max(1, _CACHE_ON_CPU // per_page))
+    logger.info("running the largest steps once; kernels that are not compiled yet take up to a minute")
+    start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    used = _warm_up(config, loaded) * loaded.bytes_per_page
-    torch.cuda.synchronize(loaded.device)
+    used = _run_largest_steps(config, loaded) * per_page
     peak = torch.cuda.max_memory_allocated(loaded.device) - used
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(loaded.device)
     others = total - free - torch.cuda.memory_reserved(loaded.device)  # CUDA itself, other processes
     room = int(total * config.memory_fraction) - others - peak
-    if room < loaded.bytes_per_page:
+    num_pages = config.num_pages or min(most, room // per_page)
+    logger.info(
+        "ran them in %.0f s; %d pages of %d tokens", time.perf_counter() - start, num_pages, page_size
+    )
+    if num_pages < 1:
         raise ValueError(
             f"weights and the largest step take {peak >> 20} MiB, which leaves nothing of "
             f"{config.memory_fraction:.0%} of {total >> 20} MiB for the KV cache; "
             "lower max_batch_tokens or max_context, or raise memory_fraction"
         )
-    return min(most, room // loaded.bytes_per_page)
+    return num_pages
 
 
-def _warm_up(config: EngineConfig, loaded: Loaded) -> int:
-    """Run the largest step there can be; the pages of the cache that it was run with."""
-    length = loaded.limits.context_length - 1
-    count = max(1, min(config.max_batch_tokens // length, config.max_rows))
-    num_pages = count * -(-(length + 1) // loaded.page_size)
-    table = RequestTable(loaded.limits, num_pages, loaded.page_size, config.max_rows, NoPrefixCache())
-    for i in range(count):
-        table.add(Request(str(i), [0] * length, SamplingParams(max_tokens=1, top_p=0.5)))
-    batch = Scheduler(table, max_batch_tokens=count * length).schedule()
-    assert batch is not None, "the table has requests and pages for them"
-    make_runner(config, loaded, num_pages).launch(batch).wait()
+def _run_largest_steps(config: EngineConfig, loaded: Loaded) -> int:
+    """Prefill and decode the longest prompts, then the most rows. Returns the pages that they had."""
+    context, page_size = loaded.limits.context_length, loaded.page_size
+    longest = max(1, context - 2)
+    few_long = [longest] * max(1, min(config.max_rows, config.max_batch_tokens // longest))
+    many_short = [min(longest, config.max_batch_tokens // config.max_rows)] * config.max_rows
+    loads = few_long, many_short
+    num_pages = max(sum(length // page_size + 2 for length in load) for load in loads)
+    runner = make_runner(config, loaded, num_pages)
+    for load in loads:
+        table = RequestTable(loaded.limits, num_pages, page_size, config.max_rows, NoPrefixCache())
+        scheduler = Scheduler(table, config.max_batch_tokens)
+        for i, length in enumerate(load):
+            params = SamplingParams(max_tokens=min(2, context - length), top_p=0.5, ignore_eos=True)
+            table.add(Request(str(i), [0] * length, params))
+        while batch := scheduler.schedule():
+            table.commit(batch, runner.launch(batch).wait())
     return num_pages
 
 

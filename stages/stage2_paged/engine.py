@@ -17,7 +17,7 @@ def build(config: EngineConfig) -> Engine:
         ValueError: the model or the configuration cannot be served; the message says why.
     """
     loaded = load(config)
-    num_pages = config.num_pages or measure_pages(config, loaded)
+    num_pages = measure_pages(config, loaded)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, NoPrefixCache())
     scheduler = Scheduler(table, config.max_batch_tokens)
