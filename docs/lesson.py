@@ -68,9 +68,7 @@ def code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
-def canvas(
-    width: float, height: float, columns: int = 1, rows: int = 1, **axes: Any
-) -> tuple[Figure, Any]:
+def canvas(width: float, height: float, columns: int = 1, rows: int = 1, **axes: Any) -> tuple[Figure, Any]:
     """A figure of so many inches, and its axes (an array of them where there are several)."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, **axes)
@@ -82,6 +80,7 @@ def publish(figure: Figure, alt: str, caption: str) -> None:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is enough
     svg = " ".join(svg.replace(_INK, "currentColor").split())  # no blank line: Markdown ends its HTML there
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
     # the search should not find the numbers on the axes
