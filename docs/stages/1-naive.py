@@ -445,12 +445,12 @@ table(
 #
 # ## What stage 2 does about it
 #
-# The waste names its own remedy: keep the keys and values of every position, and let each step push only the
-# *new* token through the model. That store is the **KV cache**. It turns a problem of arithmetic into one of
-# memory: a cache for each request, which grows by a row a step, and nobody knows for how long.
-# [Lesson 2](2-paged.md) cuts that memory into pages, as operating systems do, and uses what it gains to serve
-# many requests in one batch. This engine stays: it is so simple that one can see that it is right, and so every later stage
-# will be tested against it, token for token.
+# The waste names its own remedy: keep the keys and values of every position, and let each step push only
+# the *new* token through the model. That store is the **KV cache**. It turns a problem of arithmetic into
+# one of memory: a cache for each request, which grows by a row a step, and nobody knows for how long.
+# [Lesson 2](2-paged.md) cuts that memory into pages, as operating systems do, and uses what it gains to
+# serve many requests in one batch. This engine stays: it is so simple that one can see that it is right,
+# and so every later stage will be tested against it, token for token.
 #
 # ## Exercises
 #
