@@ -57,9 +57,8 @@ class Sampler:
             self._bias = self._table(self._bias, torch.float32)
         if self._bias is not None:
             self._bias[slot] = 0.0
-            self._bias[slot, list(params.logit_bias)] = torch.tensor(
-                list(params.logit_bias.values()), device=self._device
-            )
+            biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            self._bias[slot, list(params.logit_bias)] = biases.to(self._device)
 
     def pack(self, rows: list[Row]) -> NDArray[np.int32]:
         """The parameters of S rows that sample, column after column: [columns * S]."""
