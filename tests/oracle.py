@@ -4,10 +4,12 @@ Two correct programs round differently, so where the oracle's best two tokens ar
 be chosen, and every later token differs. Such a tie ends the comparison of its request; it must be rare.
 """
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from stages.interface import Engine, Request, SamplingParams, TokenOutput
@@ -60,6 +62,69 @@ def run_engine(engine: Engine, requests: Iterable[Request]) -> dict[str, list[To
         for output in engine.step():
             outputs[output.request_id].append(output)
     return outputs
+
+
+def run_arriving(
+    engine: Engine, requests: Sequence[Request], rng: random.Random
+) -> dict[str, list[TokenOutput]]:
+    """As `run_engine`, but requests arrive between steps, and others that are aborted come and go."""
+    outputs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
+    left, passing = list(requests), 0
+    while left or engine.has_work:
+        while left and (rng.random() < 0.6 or not engine.has_work):
+            engine.add(left.pop(0))
+        if rng.random() < 0.2:
+            passing += 1
+            engine.add(
+                Request(f"passing {passing}", [passing % 7 + 1] * rng.randint(1, 20), SamplingParams())
+            )
+        if rng.random() < 0.2 or not left:
+            engine.abort(f"passing {rng.randint(0, passing)}")
+        if not left and not any(not o or o[-1].finish_reason is None for o in outputs.values()):
+            for i in range(passing):
+                engine.abort(f"passing {i + 1}")
+        for output in engine.step():
+            if output.request_id in outputs:
+                outputs[output.request_id].append(output)
+    return outputs
+
+
+def random_request(rng: random.Random, name: str, lengths: Sequence[int], vocab_size: int) -> Request:
+    """A request with any of the ways to sample, most of them rarely."""
+
+    def rarely(value: Any, otherwise: Any) -> Any:
+        return value if rng.random() < 0.3 else otherwise
+
+    tokens = range(vocab_size)
+    params = SamplingParams(
+        temperature=rarely(0.0, rng.choice([0.5, 1.0, 2.0])),
+        top_k=rarely(rng.randint(1, 50), 0),
+        top_p=rarely(rng.uniform(0.3, 1.0), 1.0),
+        min_p=rarely(rng.uniform(0.0, 0.3), 0.0),
+        frequency_penalty=rarely(rng.uniform(-1, 2), 0.0),
+        presence_penalty=rarely(rng.uniform(-1, 2), 0.0),
+        repetition_penalty=rarely(rng.uniform(0.7, 1.5), 1.0),
+        logit_bias=rarely({rng.choice(tokens): rng.uniform(-5, 5) for _ in range(5)}, {}),
+        logprobs=rarely(rng.randint(0, 5), None),
+        max_tokens=rng.randint(1, 24),
+        stop_token_ids=rarely(rng.sample(tokens, 20), ()),
+        ignore_eos=rng.random() < 0.5,
+    )
+    prompt = rng.choices(tokens, k=rng.choice(lengths))
+    return Request(name, prompt, params, seed=rng.getrandbits(63))
+
+
+def assert_same_outputs(expected: Sequence[TokenOutput], actual: Sequence[TokenOutput]) -> None:
+    """Tokens and ends equal; log-probabilities within float64's rounding."""
+    assert tokens_of(actual) == tokens_of(expected)
+    assert [o.finish_reason for o in actual] == [o.finish_reason for o in expected]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours.logprobs is None) == (theirs.logprobs is None)
+        if ours.logprobs is not None and theirs.logprobs is not None:
+            assert ours.logprobs.chosen == pytest.approx(theirs.logprobs.chosen, abs=1e-9)
+            assert [token for token, _ in ours.logprobs.top] == [token for token, _ in theirs.logprobs.top]
+            values = [value for _, value in theirs.logprobs.top]
+            assert [value for _, value in ours.logprobs.top] == pytest.approx(values, abs=1e-9)
 
 
 def tokens_of(outputs: Iterable[TokenOutput]) -> list[int]:

@@ -25,6 +25,7 @@ from stages.stage2_paged.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = "lower max_batch_tokens, max_rows or max_context"
 _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memory
 
 
@@ -126,7 +127,10 @@ def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
     logger.info("running the largest steps once; kernels that are not compiled yet take up to a minute")
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    used = _run_largest_steps(config, loaded) * per_page
+    try:
+        used = _run_largest_steps(config, loaded) * per_page
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the largest step does not fit into the GPU's memory; {_ADVICE}") from error
     peak = torch.cuda.max_memory_allocated(loaded.device) - used
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(loaded.device)
@@ -140,7 +144,7 @@ def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
         raise ValueError(
             f"weights and the largest step take {peak >> 20} MiB, which leaves nothing of "
             f"{config.memory_fraction:.0%} of {total >> 20} MiB for the KV cache; "
-            "lower max_batch_tokens or max_context, or raise memory_fraction"
+            f"{_ADVICE}, or raise memory_fraction"
         )
     return num_pages
 
@@ -158,7 +162,13 @@ def _run_largest_steps(config: EngineConfig, loaded: Loaded) -> int:
         table = RequestTable(loaded.limits, num_pages, page_size, config.max_rows, NoPrefixCache())
         scheduler = Scheduler(table, config.max_batch_tokens)
         for i, length in enumerate(load):
-            params = SamplingParams(max_tokens=min(2, context - length), top_p=0.5, ignore_eos=True)
+            params = SamplingParams(
+                max_tokens=min(2, context - length),
+                ignore_eos=True,
+                top_p=0.5,  # this, a penalty and a bias are what takes memory in sampling
+                presence_penalty=1.0,
+                logit_bias={0: 1.0},
+            )
             table.add(Request(str(i), [0] * length, params))
         while batch := scheduler.schedule():
             table.commit(batch, runner.launch(batch).wait())

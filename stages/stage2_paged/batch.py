@@ -51,6 +51,11 @@ class Row:
     def end(self) -> int:
         return self.start + self.length
 
+    @property
+    def enters(self) -> bool:
+        """Whether it is its sequence's first row in this slot."""
+        return self.first_new_page == 0
+
 
 @dataclass(frozen=True)
 class Batch:

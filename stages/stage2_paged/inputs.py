@@ -63,10 +63,10 @@ class Slots:
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
 
     def upload(self, batch: Batch) -> StepInputs:
-        """Pack and copy one batch. Nothing waits for the device."""
+        """Pack and copy one batch. Only a request that enters with penalties or a bias waits for the device."""
         rows = batch.rows
         for row in rows:
-            if row.first_new_page == 0:
+            if row.enters:
                 self._sampler.enter(row.slot, row.sequence)
         sampling = batch.sampling
         slots, lengths = _ints([row.slot for row in rows]), _ints([row.length for row in rows])

@@ -22,7 +22,6 @@ class SampleInputs:
 
     slots: Tensor  # [S] int64
     batch: SamplingBatch
-    counted: bool  # whether a row of them counts its tokens, for penalties
 
 
 class Sampler:
@@ -39,6 +38,7 @@ class Sampler:
         self._counts: Tensor | None = None  # [slots, V] int32, how often each token was generated
         self._in_prompt: Tensor | None = None  # [slots, V] bool
         self._bias: Tensor | None = None  # [slots, V] float32
+        self._biased: set[int] = set()  # slots whose row of it is not zero
 
     def enter(self, slot: int, sequence: Sequence) -> None:
         """A sequence, new or recomputed, takes a slot."""
@@ -55,7 +55,8 @@ class Sampler:
             self._in_prompt[slot] = (count_tokens(request.prompt, self._vocab_size) > 0).to(self._device)
         if params.logit_bias:
             self._bias = self._table(self._bias, torch.float32)
-        if self._bias is not None:
+        if self._bias is not None and (params.logit_bias or slot in self._biased):
+            (self._biased.add if params.logit_bias else self._biased.discard)(slot)
             self._bias[slot] = 0.0
             biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             self._bias[slot, list(params.logit_bias)] = biases.to(self._device)
@@ -91,13 +92,15 @@ class Sampler:
             filters=filters,
             top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
         )
-        return SampleInputs(slots, batch, counted)
+        return SampleInputs(slots, batch)
 
     def sample(self, logits: Tensor, inputs: SampleInputs) -> Sampled:
         """One token for each row of `logits` [S, V]."""
         sampled = sample(logits, inputs.batch)
-        if inputs.counted and self._counts is not None:
-            self._counts[inputs.slots, sampled.tokens] += 1  # a slot appears once: no two rows write the same
+        if inputs.batch.penalties is not None and self._counts is not None:
+            # A slot appears once, so no two rows write the same. A row that is discarded later counts too:
+            # by then its slot is free, and whoever enters it is launched after this.
+            self._counts[inputs.slots, sampled.tokens] += 1
         return sampled
 
     def _table(self, table: Tensor | None, dtype: torch.dtype) -> Tensor:

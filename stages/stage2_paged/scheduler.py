@@ -24,8 +24,8 @@ class Scheduler:
         table, rows, budget = self._table, list[Row](), self._max_batch_tokens
         while table.waiting and table.free_slots:
             sequence = table.waiting[0]
-            if sequence.in_flight:  # preempted while its token was sampled: that must be known first
-                break
+            if sequence.in_flight:  # preempted while a token was sampled; only a scheduler that decodes
+                break  # first can meet it, and must wait until that token is known
             prefix = table.match(sequence)
             cost = sequence.length - len(prefix.pages) * table.page_size
             if (rows and cost > budget) or not table.admit(sequence, prefix):

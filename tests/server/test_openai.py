@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.checkpoints import EOS
+from tests.server.running import launch
 
 A = ord("a") - ord("!")  # the token of "a": the tiny vocabulary begins with the visible ASCII from "!"
 ASCII_ONLY = {str(token): -100 for token in range(94, 320)}  # each token has a text of its own
@@ -305,7 +308,17 @@ async def test_sixteen_at_once_are_each_as_alone(client: OpenAI, async_client: A
 
 
 def test_choices_of_a_stream_come_interleaved(client: OpenAI) -> None:
-    """Where the engine serves them together; the naive one serves them one after the other."""
-    chunks = client.completions.create(prompt="a", n=3, max_tokens=5, stream=True, **DRAWN)
+    chunks = client.completions.create(prompt="a", n=3, max_tokens=40, stream=True, **DRAWN)
     order = [index for index, _ in groupby(chunk.choices[0].index for chunk in chunks)]
     assert set(order) == {0, 1, 2}
+    assert len(order) > 6, "one after the other there would be three runs"
+
+
+def test_stage_1_still_serves(checkpoint: Callable[[str], Path], tmp_path: Path, client: OpenAI) -> None:
+    """And says what the newest stage says."""
+    options = {"prompt": "abc", "n": 2, "max_tokens": 8, **DRAWN}
+    with launch(tmp_path, checkpoint("qwen3"), "--model-name", "tiny", "--stage", "1") as first:
+        first.wait_ready()
+        with first.client as naive:
+            texts = [choice.text for choice in naive.completions.create(**options).choices]
+    assert texts == [choice.text for choice in client.completions.create(**options).choices]

@@ -1,4 +1,4 @@
-"""What an attention backend is, and which one serves which GPU."""
+"""What an attention backend is, and how the model attends through two of them."""
 
 from typing import Protocol
 
