@@ -63,7 +63,7 @@ class Slots:
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
 
     def upload(self, batch: Batch) -> StepInputs:
-        """Pack and copy one batch. Only a request that enters with penalties or a bias waits for the device."""
+        """Pack and copy one batch. Only a request that enters with penalties or a bias makes it wait."""
         rows = batch.rows
         for row in rows:
             if row.enters:
