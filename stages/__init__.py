@@ -8,6 +8,7 @@ from stages.interface import Stage
 _STAGES = {
     1: "stages.stage1_naive.engine",
     2: "stages.stage2_paged.engine",
+    3: "stages.stage3_radix.engine",
 }
 LATEST = max(_STAGES)
 

@@ -107,6 +107,27 @@ class TokenOutput:
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the request's prompt: found in a prefix cache when it was admitted
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An engine at a glance. What an engine does not have stays 0."""
+
+    running: int = 0  # requests
+    waiting: int = 0
+    pages: int = 0  # of the KV cache: free, cached, or owned by a running request
+    free_pages: int = 0
+    cached_pages: int = 0
+    evicted_pages: int = 0  # since the start, as are all that follow
+    preemptions: int = 0
+    prompt_tokens: int = 0  # of the requests that were admitted
+    cached_tokens: int = 0  # those of them that the prefix cache had
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that the prefix cache had, from 0 to 1."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class RequestRefused(ValueError):
@@ -123,6 +144,10 @@ class Engine(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """What there is now, and what was counted since the start."""
 
     def add(self, request: Request) -> None:
         """Queue a request.

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from stages.stage2_paged.request_table import RequestTable
 from tests.checkpoints import write_checkpoint
 
 
@@ -26,6 +28,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return written[family]
 
     return get
+
+
+@pytest.fixture
+def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by one at each preemption; whether a token was in flight."""
+    found: list[bool] = []
+    preempt = RequestTable.preempt
+
+    def counted(table: RequestTable, sequence: Any) -> None:
+        found.append(sequence.in_flight)
+        preempt(table, sequence)
+
+    monkeypatch.setattr(RequestTable, "preempt", counted)
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from minisgl.server.calls import Call, chat_call, completion_call
 from minisgl.server.engine_client import EngineClient, EngineDied
 from minisgl.server.errors import ApiError, as_api_error
 from minisgl.server.generation import Generation
-from minisgl.server.responses import ChatFormat, CompletionFormat, Format
+from minisgl.server.responses import ChatFormat, CompletionFormat, Format, as_metrics
 from stages.interface import RequestRefused
 from stages.stage1_naive.tokenizer import Tokenizer
 
@@ -52,6 +52,10 @@ def create_app(
         if engine.died.done():
             raise EngineDied(engine.died.result())
         return _json({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(as_metrics(engine.statistics), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def list_models() -> Response:

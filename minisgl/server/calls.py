@@ -27,7 +27,8 @@ class Call:
     body: Body
     requests: Sequence[Request]
     stop: Sequence[str]
-    prompt_tokens: int
+    num_prompts: int
+    prompt_tokens: int  # of all prompts together
 
 
 async def chat_call(body: ChatBody, tokenizer: Tokenizer, context_length: int) -> Call:
@@ -89,7 +90,8 @@ def _call(kind: str, body: Body, prompts: Sequence[tuple[list[int], SamplingPara
         for number, (prompt, params) in enumerate(prompts)
         for choice in range(n)
     ]
-    return Call(call_id, int(time.time()), body, requests, stop, sum(len(prompt) for prompt, _ in prompts))
+    prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
+    return Call(call_id, int(time.time()), body, requests, stop, len(prompts), prompt_tokens)
 
 
 def _seed(seed: int | None, choice: int) -> int:

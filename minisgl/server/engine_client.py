@@ -17,7 +17,7 @@ import zmq.asyncio
 from minisgl.server.engine_process import run_engine
 from minisgl.server.messages import Abort, Add, Died, Outputs, Ready, Refused, ToEngine, encode
 from minisgl.server.messages import decode_from_engine as decode
-from stages.interface import EngineConfig, Request, RequestRefused, TokenOutput
+from stages.interface import EngineConfig, Request, RequestRefused, Statistics, TokenOutput
 
 _LAST_WORDS_S = 0.2  # a dead process's last message may still be on its way
 _PATIENCE_S = 5.0  # from SIGTERM to SIGKILL
@@ -57,6 +57,7 @@ class EngineClient:
     def __init__(self, outbox: "zmq.Socket[bytes]", inbox: zmq.asyncio.Socket) -> None:
         loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = loop.create_future()  # the reason, as soon as there is one
+        self.statistics = Statistics()  # the engine's newest
         self._ready: asyncio.Future[int] = loop.create_future()
         self._outbox = outbox
         self._inbox = inbox
@@ -112,6 +113,7 @@ class EngineClient:
             message = decode(await self._inbox.recv())
             match message:
                 case Outputs():
+                    self.statistics = message.statistics
                     self._deliver(message.tokens)
                 case Refused():
                     if mailbox := self._mailboxes.pop(message.request_id, None):

@@ -37,13 +37,13 @@ def serve_engine(engine: Engine, link: Link) -> None:
     while True:
         while message := link.receive(wait=not engine.has_work):
             _obey(message, engine, link)
-        if outputs := engine.step():
-            link.send(Outputs(outputs))
+        link.send(Outputs(engine.step(), engine.statistics))
 
 
 def _obey(message: ToEngine, engine: Engine, link: Link) -> None:
     if isinstance(message, Abort):
-        return engine.abort(message.request_id)
+        engine.abort(message.request_id)
+        return link.send(Outputs([], engine.statistics))
     try:
         engine.add(message.request)
     except ValueError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import msgspec
 from msgspec import Struct
 
-from stages.interface import Request, TokenOutput
+from stages.interface import Request, Statistics, TokenOutput
 
 
 class Add(Struct, tag=True):
@@ -27,9 +27,10 @@ class Ready(Struct, tag=True):
 
 
 class Outputs(Struct, tag=True):
-    """From the engine: the tokens of one step, of all requests."""
+    """From the engine: the tokens of one step, of all requests, and how the engine stands after it."""
 
     tokens: list[TokenOutput]
+    statistics: Statistics
 
 
 class Refused(Struct, tag=True):

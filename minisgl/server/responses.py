@@ -1,10 +1,12 @@
 """What clients receive: the JSON of the two endpoints."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from minisgl.server.calls import Call
 from minisgl.server.text import Choice, Piece, ScoredToken
+from stages.interface import Statistics
 from stages.stage1_naive.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -120,8 +122,17 @@ def _envelope(call: Call, kind: str) -> Json:
 
 def _usage(call: Call, choices: Sequence[Choice]) -> Json:
     completion = sum(choice.completion_tokens for choice in choices)
+    firsts = choices[:: len(choices) // call.num_prompts]  # a prompt counts once, however many its choices
+    cached = sum(choice.cached_tokens for choice in firsts)
     return {
         "prompt_tokens": call.prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": call.prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def as_metrics(statistics: Statistics) -> str:
+    """The engine's statistics in Prometheus's text format."""
+    values = asdict(statistics) | {"hit_rate": statistics.hit_rate}
+    return "".join(f"# TYPE minisgl_{name} gauge\nminisgl_{name} {value}\n" for name, value in values.items())

@@ -38,6 +38,7 @@ class Choice:
         self.index = index
         self.finish_reason: FinishReason | None = None
         self.completion_tokens = 0
+        self.cached_tokens = 0  # of the prompt
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = stop
         self._held = ""  # may yet become part of a stop string
@@ -50,6 +51,7 @@ class Choice:
     def push(self, output: TokenOutput) -> None:
         """Take in the next token. Must not be called once `finish_reason` is set."""
         self.completion_tokens += 1
+        self.cached_tokens = output.cached_tokens
         self._scored = output.logprobs is not None
         is_text = output.finish_reason != "stop"  # a stop token is counted, and that is all
         if is_text and output.logprobs:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stages.interface import Engine, EngineConfig, Request, TokenOutput
+from stages.interface import Engine, EngineConfig, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV, NaiveAttention, rope_table
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.limits import Limits
@@ -59,6 +59,10 @@ class NaiveEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._queue)
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(running=min(1, len(self._queue)), waiting=max(0, len(self._queue) - 1))
 
     def add(self, request: Request) -> None:
         self._limits.check(request, self._queue)

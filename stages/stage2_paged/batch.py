@@ -24,6 +24,7 @@ class Sequence:
     slot: int | None = None  # its row in the device tables, while it runs
     pages: list[int] = field(default_factory=list)  # in order of position
     prefix: Prefix = field(default_factory=Prefix)  # the part of `pages` that the prefix cache has, locked
+    cached_tokens: int | None = None  # of its prompt, in the prefix cache when it was first admitted
     done: bool = False
 
     @property

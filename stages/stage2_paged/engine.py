@@ -1,6 +1,6 @@
 """Stage 2, assembled: pages, a table of requests, a scheduler, and kernels that read pages."""
 
-from stages.interface import Engine, Request, TokenOutput
+from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
@@ -43,6 +43,10 @@ class PagedEngine:
     @property
     def has_work(self) -> bool:
         return self._table.has_work
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._table.statistics
 
     def add(self, request: Request) -> None:
         self._table.add(request)

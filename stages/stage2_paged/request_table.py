@@ -4,7 +4,7 @@ from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from stages.interface import Request, TokenLogprobs, TokenOutput
+from stages.interface import Request, Statistics, TokenLogprobs, TokenOutput
 from stages.stage1_naive.limits import Limits
 from stages.stage2_paged.batch import Batch, Sequence
 from stages.stage2_paged.kv_cache import PageAllocator
@@ -31,24 +31,37 @@ class RequestTable:
         self.page_size = page_size
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival; each holds a slot
+        self.blocked = False  # whether the head of the queue cannot be admitted before pages come back
         self._limits = limits
         self._allocator = PageAllocator(num_pages)
         self._slots = list(range(max_rows - 1, -1, -1))
         self._cache = prefix_cache
         self._sequences: dict[str, Sequence] = {}  # by request id, all that are not done
         self._arrivals = 0
+        self._num_pages = num_pages
+        self._evicted = self._preempted = self._prompt_tokens = self._cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 
     @property
-    def free_pages(self) -> int:
-        return self._allocator.free
-
-    @property
     def free_slots(self) -> int:
         return len(self._slots)
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            pages=self._num_pages,
+            free_pages=self._allocator.free,
+            cached_pages=self._cache.cached,
+            evicted_pages=self._evicted,
+            preemptions=self._preempted,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request; raises RequestRefused if it can never be served."""
@@ -81,10 +94,15 @@ class RequestTable:
         pages = self.take_pages(missing, spare=len(self.running))
         if pages is None:
             self._cache.unlock(prefix)
+            self.blocked = True
             return False
         sequence.prefix = prefix
         sequence.pages = [*prefix.pages, *pages]
         sequence.scheduled = len(prefix.pages) * self.page_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.scheduled
+            self._prompt_tokens += sequence.length
+            self._cached_tokens += sequence.cached_tokens
         sequence.slot = self._slots.pop()
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
@@ -95,7 +113,9 @@ class RequestTable:
         if count + spare > self._allocator.free + self._cache.evictable:
             return None
         if count > self._allocator.free:
-            self._allocator.give(self._cache.evict(count - self._allocator.free))
+            evicted = self._cache.evict(count - self._allocator.free)
+            self._evicted += len(evicted)
+            self._allocator.give(evicted)
         return self._allocator.take(count)
 
     def share(self, sequence: Sequence) -> None:
@@ -105,9 +125,11 @@ class RequestTable:
         self._cache.lock(known)
         self._cache.unlock(sequence.prefix)
         sequence.prefix = known
+        self.blocked = False  # the head of the queue may find more than it did
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running request's pages and slot; it waits again, in order of arrival, to be recomputed."""
+        self._preempted += 1
         self._release(sequence)
         sequence.scheduled = 0
         insort(self.waiting, sequence, key=_arrival)
@@ -126,7 +148,9 @@ class RequestTable:
             request = sequence.request
             count = len(sequence.tokens) - len(request.prompt)
             reason = self._limits.finish_reason(request, count, new.token_id)
-            outputs.append(TokenOutput(request.id, new.token_id, new.logprobs, reason))
+            outputs.append(
+                TokenOutput(request.id, new.token_id, new.logprobs, reason, sequence.cached_tokens or 0)
+            )
             if reason is not None:
                 self._finish(sequence)
         return outputs
@@ -136,6 +160,7 @@ class RequestTable:
         del self._sequences[sequence.request.id]
         if sequence.slot is None:
             self.waiting.remove(sequence)
+            self.blocked = False
         else:
             self._release(sequence)
 

@@ -22,7 +22,7 @@ class Scheduler:
     def _prefill(self) -> list[Row]:
         """Prompts from the head of the queue. The first goes whatever its length; none overtakes another."""
         table, rows, budget = self._table, list[Row](), self._max_batch_tokens
-        while table.waiting and table.free_slots:
+        while table.waiting and table.free_slots and not table.blocked:
             sequence = table.waiting[0]
             if sequence.in_flight:  # preempted while a token was sampled; only a scheduler that decodes
                 break  # first can meet it, and must wait until that token is known

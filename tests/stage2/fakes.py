@@ -90,7 +90,6 @@ class DictPrefixCache:
         self._page_size = page_size
         self._nodes: dict[tuple[int, ...], _Node] = {}
         self._clock = 0
-        self.hits = 0  # pages that matches returned
 
     @property
     def pages(self) -> list[int]:
@@ -109,9 +108,7 @@ class DictPrefixCache:
         return len(self._nodes) - len(self.locked)
 
     def match(self, tokens: Sequence[int]) -> Prefix:
-        keys = self._keys(tokens)
-        self.hits += len(keys)
-        return self._prefix(keys)
+        return self._prefix(self._keys(tokens))
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> Prefix:
         assert len(tokens) == len(pages) * self._page_size, "whole pages only"

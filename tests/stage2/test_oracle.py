@@ -8,87 +8,24 @@ from typing import Any
 
 import pytest
 
-from stages.interface import Engine, Request, SamplingParams, TokenOutput
-from stages.stage1_naive import engine as stage1
-from stages.stage2_paged.assembly import cap_context, load, make_runner
-from stages.stage2_paged.batch import Batch
+from stages.interface import Engine, Request, SamplingParams
 from stages.stage2_paged.engine import EngineConfig, build
-from stages.stage2_paged.prefix_cache import NoPrefixCache
-from stages.stage2_paged.request_table import RequestTable
-from stages.stage2_paged.runner import Pending
-from stages.stage2_paged.scheduler import Scheduler
-from tests.checkpoints import VOCAB_SIZE
-from tests.oracle import assert_same_outputs, random_request, run_arriving, run_engine
+from tests.oracle import assert_same_outputs, run_arriving, run_engine
+from tests.stage2.oracle_case import CONTEXT, LateEngine, oracle, requests_for, settings
 
-CONTEXT = 64
 ROUNDS = int(os.environ.get("STAGE2_ROUNDS", "1"))  # more by hand
 # page size: so few pages that requests run out of them, and prompt lengths around a page's end
 TIGHT = {1: (70, range(1, 36)), 16: (5, [1, 15, 16, 17, 31, 32, 33]), 64: (1, [1, 20, 40]), 256: (1, [1, 40])}
-
-
-class LateEngine:
-    """The parts of stage 2 as stage 5 will drive them: a batch is committed after the next was launched."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        assert config.num_pages
-        loaded = load(config)
-        limits = cap_context(loaded.limits, config.num_pages * loaded.page_size)
-        self.context_length = limits.context_length
-        self._table = RequestTable(
-            limits, config.num_pages, loaded.page_size, config.max_rows, NoPrefixCache()
-        )
-        self._scheduler = Scheduler(self._table, config.max_batch_tokens)
-        self._runner = make_runner(config, loaded, config.num_pages)
-        self._under_way: tuple[Batch, Pending] | None = None
-        self.add, self.abort = self._table.add, self._table.abort
-
-    @property
-    def has_work(self) -> bool:
-        return self._table.has_work or self._under_way is not None
-
-    def step(self) -> list[TokenOutput]:
-        batch = self._scheduler.schedule()
-        before = self._under_way
-        self._under_way = (batch, self._runner.launch(batch)) if batch else None
-        return self._table.commit(before[0], before[1].wait()) if before else []
-
-
-@pytest.fixture
-def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Grows by one at each preemption; whether a token was in flight."""
-    found: list[bool] = []
-    preempt = RequestTable.preempt
-
-    def counted(table: RequestTable, sequence: Any) -> None:
-        found.append(sequence.in_flight)
-        preempt(table, sequence)
-
-    monkeypatch.setattr(RequestTable, "preempt", counted)
-    return found
-
-
-def settings(path: Path, **more: Any) -> dict[str, Any]:
-    return {"model": str(path), "device": "cpu", "dtype": "float64", "max_context": CONTEXT, **more}
 
 
 def config(path: Path, **more: Any) -> EngineConfig:
     return EngineConfig(**settings(path, attention="torch", **more))
 
 
-def requests_for(rng: random.Random, lengths: Any, count: int, room: int) -> list[Request]:
-    found: list[Request] = []
-    while len(found) < count:
-        request = random_request(rng, str(len(found)), list(lengths), VOCAB_SIZE)
-        if len(request.prompt) + (request.params.max_tokens or 0) <= room:
-            found.append(request)
-    return found
-
-
-def oracle(path: Path, requests: list[Request]) -> dict[str, list[TokenOutput]]:
-    return run_engine(stage1.build(stage1.EngineConfig(**settings(path))), requests)
-
-
-ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {"at once": build, "late": LateEngine}
+ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
+    "at once": build,
+    "late": lambda config: LateEngine(build(config)),
+}
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))

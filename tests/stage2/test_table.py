@@ -1,198 +1,28 @@
 """The page invariant after every step, whatever arrives, ends, is aborted or preempted, and however late."""
 
-import os
 from collections import Counter
-from typing import ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from stages.interface import Request, RequestRefused, SamplingParams
+from stages.interface import Request, SamplingParams
 from stages.stage1_naive.limits import Limits
-from stages.stage2_paged.assembly import cap_context
-from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable, SampledToken
 from stages.stage2_paged.scheduler import Scheduler
-from tests.stage2.fakes import EOS, VOCAB, DictPrefixCache, FakeRunner, expected_output, token_at
+from tests.stage2.fakes import VOCAB, DictPrefixCache, token_at
+from tests.stage2.table_machine import CONTEXT, TableMachine, machine
 
-CONTEXT = 40
-EXAMPLES = int(os.environ.get("STAGE2_EXAMPLES", "40"))  # more by hand
 seen: Counter[str] = Counter()  # what the random runs of this file met
 
 
-class TableMachine(RuleBasedStateMachine):
-    """Arrivals, aborts and steps against a table with a fake runner. `late` commits a batch after the next
-    one was scheduled and launched, as stage 5 does; `caching` puts a real prefix cache in."""
-
-    late: ClassVar[bool] = False
-    caching: ClassVar[bool] = False
-
-    @initialize(
-        page_size=st.sampled_from([1, 2, 4, 16]), pages=st.integers(2, 24), rows=st.integers(1, 6),
-        budget=st.integers(6, 50),
-    )  # fmt: skip
-    def start(self, page_size: int, pages: int, rows: int, budget: int) -> None:
-        self.pages, self.rows, self.budget, self.page_size = pages, rows, budget, page_size
-        limits = cap_context(Limits(VOCAB, CONTEXT, frozenset({EOS})), pages * page_size)
-        self.context = limits.context_length
-        self.cache = DictPrefixCache(page_size) if self.caching else NoPrefixCache()
-        self.table = RequestTable(limits, pages, page_size, rows, self.cache)
-        self.scheduler = Scheduler(self.table, budget)
-        self.runner = FakeRunner(page_size)
-        self.in_flight: tuple[Batch, list[SampledToken]] | None = None
-        self.requests: dict[str, Request] = {}
-        self.outputs: dict[str, list[int]] = {}
-        self.ended: dict[str, str] = {}
-        self.aborted: set[str] = set()
-
-    @rule(
-        length=st.integers(1, CONTEXT), max_tokens=st.none() | st.integers(1, 20), seed=st.integers(0, 3),
-        follows=st.integers(0, 9), ignore_eos=st.booleans(),
-        stops=st.lists(st.integers(1, VOCAB - 1), max_size=3),
-    )  # fmt: skip
-    def add(
-        self, length: int, max_tokens: int | None, seed: int, follows: int, ignore_eos: bool, stops: list[int]
-    ) -> None:
-        name = str(len(self.requests))
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stops)
-        prompt = [1 + (seed + i * i) % 7 for i in range(length)]
-        if (before := str(follows)) in self.ended:  # the next turn of a conversation
-            turn = [*self.requests[before].prompt, *self.outputs[before], 5, 6]
-            prompt = [token or 1 for token in turn][: max(self.context - 1, 1)]
-            seed = self.requests[before].seed
-        request = Request(name, prompt, params, seed=seed)
-        total = len(prompt) + (max_tokens or 1)
-        if total > self.context:
-            with pytest.raises(RequestRefused, match=r"context of"):
-                self.table.add(request)
-            seen["refused"] += 1
-            return
-        self.table.add(request)
-        self.requests[name], self.outputs[name] = request, []
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self._abort(data.draw(st.sampled_from(self.live)))
-
-    @rule(count=st.integers(1, 8), data=st.data())
-    def steps(self, count: int, data: st.DataObject) -> None:
-        for _ in range(count):
-            self._step(data.draw(st.sampled_from(self.live)) if self.live and data.draw(_rarely) else None)
-            self.pages_have_one_owner()
-
-    @property
-    def live(self) -> list[str]:
-        return [name for name in self.requests if name not in self.ended and name not in self.aborted]
-
-    def _abort(self, name: str) -> None:
-        self.table.abort(name)
-        self.table.abort(name)
-        self.aborted.add(name)
-        seen["aborted"] += 1
-
-    def _step(self, abort: str | None = None) -> None:
-        """One step of an engine; `abort` arrives while its batch is under way."""
-        waiting, running = list(self.table.waiting), list(self.table.running)
-        batch = self.scheduler.schedule()
-        seen["preempted"] += sum(s.slot is None for s in running)
-        seen["preempted in flight"] += sum(s.slot is None and s.in_flight for s in running)
-        launched = None
-        if batch is not None:
-            self._check_batch(batch, waiting)
-            launched = batch, self.runner.launch(batch)
-        if abort is not None:
-            self._abort(abort)
-        now, self.in_flight = (self.in_flight, launched) if self.late else (launched, None)
-        if now is not None:
-            for output in self.table.commit(*now):
-                assert output.request_id in self.live, "no output follows an end or an abort"
-                self.outputs[output.request_id].append(output.token_id)
-                if output.finish_reason is not None:
-                    self.ended[output.request_id] = output.finish_reason
-            seen["discarded rows"] += sum(row.sequence.done for row in now[0].rows)
-
-    def _check_batch(self, batch: Batch, waiting: list[object]) -> None:
-        rows, tokens = batch.rows, sum(row.length for row in batch.rows)
-        assert 1 <= len(rows) <= self.rows
-        assert tokens <= self.budget or len(rows) == 1
-        assert len({row.slot for row in rows}) == len({id(row.sequence) for row in rows}) == len(rows)
-        assert all(row.length == 1 for row in rows[: batch.num_decode])
-        prefill = [row.sequence for row in rows[batch.num_decode :]]
-        assert prefill == waiting[: len(prefill)], "the queue goes from its head"
-        for row in rows:
-            sequence = row.sequence
-            assert row.slot == sequence.slot
-            assert row.end == sequence.scheduled <= len(sequence.pages) * self.page_size
-            assert row.samples == (sequence.scheduled == sequence.length - 1)
-            assert sequence.length <= sequence.limit
-
-    @invariant()
-    def pages_have_one_owner(self) -> None:
-        if not hasattr(self, "table"):
-            return
-        cached = self.cache.pages if isinstance(self.cache, DictPrefixCache) else []
-        owned = [
-            page
-            for s in self.table.running
-            for i, page in enumerate(s.pages)
-            if page not in s.prefix.pages[i : i + 1]
-        ]
-        everyone = [*self.table._allocator._free, *cached, *owned]
-        assert sorted(everyone) == list(range(self.pages)), "free + cached + owned = all pages, each once"
-        slots = [s.slot for s in self.table.running]
-        assert sorted([*self.table._slots, *slots]) == list(range(self.rows))
-        if isinstance(self.cache, DictPrefixCache):
-            held = {page for s in self.table.running for page in s.prefix.pages}
-            assert self.cache.locked == held, "locked is what someone runs on"
-            seen["cache hits"] += self.cache.hits
-        for queue in (self.table.waiting, self.table.running):
-            assert [s.arrival for s in queue] == sorted(s.arrival for s in queue)
-        assert all(not s.pages and s.slot is None for s in self.table.waiting)
-
-    @invariant()
-    def outputs_are_what_they_must_be(self) -> None:
-        for name, output in getattr(self, "outputs", {}).items():
-            expected, reason = expected_output(self.requests[name], self.context)
-            assert output == expected[: len(output)]
-            assert (name in self.ended) == (len(output) == len(expected))
-            assert self.ended.get(name, reason) == reason
-
-    def teardown(self) -> None:
-        if not hasattr(self, "table"):
-            return
-        left = sum(len(expected_output(self.requests[n], self.context)[0]) for n in self.live)
-        most = (2 * left + 2 if self.late else left) + 1
-        while self.table.has_work or self.in_flight:
-            assert (most := most - 1) >= 0, "somebody starves"
-            self._step()
-            self.pages_have_one_owner()
-        self.outputs_are_what_they_must_be()
-        assert not self.live, "nobody is lost"
-        assert self.table.free_pages + self.cache.cached == self.pages
-        assert self.table.free_slots == self.rows
-        assert self.cache.evictable == self.cache.cached
+def no_cache(page_size: int) -> NoPrefixCache:
+    return NoPrefixCache()
 
 
-_rarely = st.integers(0, 9).map(lambda n: n == 9)
-
-
-def machine(name: str, *, late: bool, caching: bool) -> type:
-    case = type(name, (TableMachine,), {"late": late, "caching": caching}).TestCase
-    case.settings = settings(
-        max_examples=EXAMPLES, stateful_step_count=40, deadline=None, derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    return case
-
-
-TestAtOnce = machine("AtOnce", late=False, caching=False)
-TestLate = machine("Late", late=True, caching=False)
-TestCaching = machine("Caching", late=False, caching=True)
-TestLateCaching = machine("LateCaching", late=True, caching=True)
+TestAtOnce = machine(TableMachine, seen, late=False, make_cache=no_cache)
+TestLate = machine(TableMachine, seen, late=True, make_cache=no_cache)
+TestCaching = machine(TableMachine, seen, late=False, make_cache=DictPrefixCache)
+TestLateCaching = machine(TableMachine, seen, late=True, make_cache=DictPrefixCache)
 
 
 def test_the_machines_met_what_they_are_for() -> None:

@@ -1,0 +1,26 @@
+"""Stage 3, assembled: stage 2's engine, with a prefix cache that remembers."""
+
+from stages.interface import Engine
+from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.engine import PagedEngine
+from stages.stage2_paged.request_table import RequestTable
+from stages.stage2_paged.scheduler import Scheduler
+from stages.stage3_radix.prefix_cache import RadixPrefixCache
+
+__all__ = ["EngineConfig", "build"]
+
+
+def build(config: EngineConfig) -> Engine:
+    """Load the model, measure the room for pages, and assemble the engine.
+
+    Raises:
+        ValueError: the model or the configuration cannot be served; the message says why.
+    """
+    loaded = load(config)
+    num_pages = measure_pages(config, loaded)
+    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
+    cache = RadixPrefixCache(loaded.page_size)
+    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    scheduler = Scheduler(table, config.max_batch_tokens)
+    runner = make_runner(config, loaded, num_pages)
+    return PagedEngine(table, scheduler, runner, limits.context_length)
