@@ -5,7 +5,7 @@ An engine speaks token ids only. Text lives above it, in the tokenizer and the s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 MAX_LOGPROBS = 20
@@ -114,12 +114,14 @@ class TokenOutput:
 class Statistics:
     """An engine at a glance. What an engine does not have stays 0."""
 
+    COUNTERS: ClassVar = ("evicted_pages", "preemptions", "prompt_tokens", "cached_tokens")  # since the start
+
     running: int = 0  # requests
     waiting: int = 0
     pages: int = 0  # of the KV cache: free, cached, or owned by a running request
     free_pages: int = 0
     cached_pages: int = 0
-    evicted_pages: int = 0  # since the start, as are all that follow
+    evicted_pages: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0  # of the requests that were admitted
     cached_tokens: int = 0  # those of them that the prefix cache had

@@ -134,5 +134,8 @@ def _usage(call: Call, choices: Sequence[Choice]) -> Json:
 
 def as_metrics(statistics: Statistics) -> str:
     """The engine's statistics in Prometheus's text format."""
-    values = asdict(statistics) | {"hit_rate": statistics.hit_rate}
-    return "".join(f"# TYPE minisgl_{name} gauge\nminisgl_{name} {value}\n" for name, value in values.items())
+    lines = []
+    for name, value in [*asdict(statistics).items(), ("hit_rate", statistics.hit_rate)]:
+        kind, name = ("counter", f"{name}_total") if name in Statistics.COUNTERS else ("gauge", name)
+        lines.append(f"# TYPE minisgl_{name} {kind}\nminisgl_{name} {value}\n")
+    return "".join(lines)

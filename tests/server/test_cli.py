@@ -23,8 +23,8 @@ class FakeStage:
 
 @pytest.fixture
 def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    stages = {1: FakeStage(EngineConfig), 2: FakeStage(WideConfig)}
-    monkeypatch.setattr(cli, "load_stage", stages.__getitem__)
+    narrow, wide = FakeStage(EngineConfig), FakeStage(WideConfig)
+    monkeypatch.setattr(cli, "load_stage", lambda number: narrow if number == 1 else wide)
     return argparse.ArgumentParser()
 
 

@@ -12,8 +12,8 @@ import zmq.asyncio
 
 from minisgl.server.engine_client import EngineClient, EngineDied
 from minisgl.server.engine_process import Link, serve_engine
-from minisgl.server.messages import Abort, Add, Died, Ready
-from stages.interface import Request, RequestRefused, SamplingParams, TokenOutput
+from minisgl.server.messages import Abort, Add, Died, Outputs, Ready
+from stages.interface import Request, RequestRefused, SamplingParams, Statistics, TokenOutput
 
 pytestmark = pytest.mark.timeout(30)
 LONG = 100_000  # tokens: minutes
@@ -36,6 +36,10 @@ class CountingEngine:
     @property
     def has_work(self) -> bool:
         return bool(self.running)
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(running=len(self.running))
 
     def add(self, request: Request) -> None:
         if request.prompt == [0]:
@@ -103,8 +107,9 @@ def test_the_loop_aborts_and_refuses() -> None:
     link = ScriptedLink(Add(request("a", 9)), Add(request("b", prompt=0)), Abort("a"))
     serve(engine, link)
     assert engine.aborted == ["a"]
-    [refused] = link.sent
+    refused, emptied = link.sent
     assert (refused.request_id, refused.reason) == ("b", "prompts of 0 are refused")  # type: ignore[attr-defined]
+    assert emptied == Outputs([], Statistics(running=0)), "nobody is shown as running for ever"
 
 
 def test_a_bug_in_the_engine_ends_the_loop() -> None:

@@ -12,7 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.checkpoints import EOS
-from tests.server.running import launch
+from tests.server.running import RunningServer, launch
 
 A = ord("a") - ord("!")  # the token of "a": the tiny vocabulary begins with the visible ASCII from "!"
 ASCII_ONLY = {str(token): -100 for token in range(94, 320)}  # each token has a text of its own
@@ -88,6 +88,41 @@ def test_usage(client: OpenAI) -> None:
     assert chunks[-1].usage == answer.usage
     without = list(client.completions.create(prompt="abcde", max_tokens=4, stream=True, **GREEDY))
     assert all(chunk.choices and "usage" not in chunk.model_fields_set for chunk in without)
+
+
+def test_cached_tokens_and_metrics(server: RunningServer, client: OpenAI) -> None:
+    def metrics() -> dict[str, float]:
+        connection = server.connect()
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("content-type")) == (
+            200,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )
+        lines = [line.split() for line in answer.read().decode().splitlines()]
+        assert {line[3] for line in lines if line[0] == "#"} == {"counter", "gauge"}
+        connection.close()
+        return {line[0].removeprefix("minisgl_"): float(line[1]) for line in lines if line[0] != "#"}
+
+    def cached(n: int, prompts: list[list[int]]) -> tuple[int, int]:
+        usage = client.completions.create(prompt=prompts, n=n, max_tokens=2, **GREEDY).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens or 0
+
+    before = metrics()
+    one, two = [77, 1] * 25, [77, 2] * 25
+    assert cached(1, [one]) == (50, 0)
+    assert cached(1, [one]) == (50, 48), "whole pages of 16 tokens"
+    assert cached(3, [one, two]) == (100, 48), "a prompt counts once, however many its choices"
+    assert cached(1, [[*one[:32], 9]]) == (33, 32)
+    after = metrics()
+    gained = {name: after[name] - before[name] for name in after}
+    assert gained["prompt_tokens_total"] == 50 + 50 + 3 * 100 + 33
+    assert gained["cached_tokens_total"] == 0 + 48 + 3 * 48 + 2 * 48 + 32
+    assert after["hit_rate"] == pytest.approx(after["cached_tokens_total"] / after["prompt_tokens_total"])
+    assert after["running"] == after["waiting"] == 0
+    assert after["free_pages"] + after["cached_pages"] == after["pages"]
 
 
 def test_a_chat_stream_begins_with_the_role(client: OpenAI) -> None:

@@ -1,5 +1,6 @@
 """FlashAttention over pages (Dao 2023): version 4 on Hopper and newer GPUs, version 2 on Ampere and Ada."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ class FlashAttention:
         self._cache = cache
         self._version = version
         if self._version == 4:
+            # Its compiler warns about an unused argument of its own whenever a kernel is compiled.
+            warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
             from flash_attn.cute import flash_attn_varlen_func
         else:
             from flash_attn import flash_attn_varlen_func
