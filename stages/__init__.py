@@ -9,6 +9,7 @@ _STAGES = {
     1: "stages.stage1_naive.engine",
     2: "stages.stage2_paged.engine",
     3: "stages.stage3_radix.engine",
+    4: "stages.stage4_chunked.engine",
 }
 LATEST = max(_STAGES)
 

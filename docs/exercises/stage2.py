@@ -121,7 +121,7 @@ def serve(scheduler_type: type[Scheduler], answers: Sequence[int]) -> tuple[list
     tokens each had then, and the number of steps."""
     limits = Limits(vocab_size=2, context_length=64, eos_token_ids=frozenset())
     table = RequestTable(limits, num_pages=64, page_size=4, max_rows=4, prefix_cache=NoPrefixCache())
-    scheduler = scheduler_type(table, max_batch_tokens=64)
+    scheduler = scheduler_type(table, prefill_budget=64)
     for i, length in enumerate(answers):
         table.add(Request(str(i), [1], SamplingParams(max_tokens=length)))
     history: list[dict[int, int]] = []

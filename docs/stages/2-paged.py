@@ -158,7 +158,7 @@ STOP, WORD = 0, 1
 def paged(load):
     limits = Limits(vocab_size=2, context_length=MEMORY, eos_token_ids=frozenset([STOP]))
     requests = RequestTable(limits, MEMORY // PAGE, PAGE, max_rows=24, prefix_cache=NoPrefixCache())
-    scheduler, steps = Scheduler(requests, max_batch_tokens=MEMORY), []
+    scheduler, steps = Scheduler(requests, prefill_budget=MEMORY), []
     for owner, fake in enumerate(load):
         requests.add(Request(str(owner), [WORD] * fake.prompt, SamplingParams(max_tokens=fake.max_tokens)))
     while requests.has_work:
@@ -335,8 +335,8 @@ show(PagedEngine.step)
 
 # %%
 class Watched(Scheduler):
-    def __init__(self, table, max_batch_tokens):
-        super().__init__(table, max_batch_tokens)
+    def __init__(self, table, prefill_budget):
+        super().__init__(table, prefill_budget)
         self.history = []
 
     def schedule(self):
@@ -354,7 +354,7 @@ config = EngineConfig(model=str(PATH), device="cpu", dtype="float64", page_size=
 loaded = load(config)
 limits = replace(loaded.limits, context_length=NUM_PAGES * PAGE)
 requests = RequestTable(limits, NUM_PAGES, PAGE, config.max_rows, NoPrefixCache())
-watched = Watched(requests, config.max_batch_tokens)
+watched = Watched(requests, config.prefill_budget)
 small = PagedEngine(requests, watched, make_runner(config, loaded, NUM_PAGES), limits.context_length)
 
 tokenizer = Tokenizer(PATH)

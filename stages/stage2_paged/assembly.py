@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,11 +22,13 @@ from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.runner import ModelRunner
 from stages.stage2_paged.sampler import Sampler
-from stages.stage2_paged.scheduler import Scheduler
+from stages.stage2_paged.scheduler import AnyScheduler
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = "lower max_batch_tokens, max_rows or max_context"
+MakeScheduler = Callable[[RequestTable, int], AnyScheduler]
+
+_ADVICE = "lower prefill_budget, max_rows or max_context"
 _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memory
 
 
@@ -45,7 +48,7 @@ class EngineConfig(interface.EngineConfig):
         default=0.9, metadata={"help": "of the GPU's memory, for weights, activations and KV cache together"}
     )
     max_rows: int = field(default=256, metadata={"help": "requests that run at once"})
-    max_batch_tokens: int = field(
+    prefill_budget: int = field(
         default=16_384, metadata={"help": "prompt tokens that one step takes; a longer prompt runs alone"}
     )
 
@@ -54,9 +57,9 @@ class EngineConfig(interface.EngineConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.max_batch_tokens < self.max_rows:
+        if self.prefill_budget < self.max_rows:
             raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_rows ({self.max_rows}): "
+                f"prefill_budget ({self.prefill_budget}) must be at least max_rows ({self.max_rows}): "
                 "each running request takes one token of a step"
             )
         if not 0 < self.memory_fraction <= 1:
@@ -111,7 +114,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRu
     return ModelRunner(model, PagedAttention(cache, prefill, decode, qkv), sampler, slots)
 
 
-def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
+def measure_pages(config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler) -> int:
     """How many pages the cache gets: those asked for, or as many as fit besides the weights and a step.
 
     On a GPU the largest steps are run once, which also compiles their kernels, and what their peak leaves of
@@ -128,7 +131,7 @@ def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats(loaded.device)
     try:
-        used = _run_largest_steps(config, loaded) * per_page
+        used = _run_largest_steps(config, loaded, make_scheduler) * per_page
     except torch.OutOfMemoryError as error:
         raise ValueError(f"the largest step does not fit into the GPU's memory; {_ADVICE}") from error
     peak = torch.cuda.max_memory_allocated(loaded.device) - used
@@ -149,18 +152,18 @@ def measure_pages(config: EngineConfig, loaded: Loaded) -> int:
     return num_pages
 
 
-def _run_largest_steps(config: EngineConfig, loaded: Loaded) -> int:
+def _run_largest_steps(config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler) -> int:
     """Prefill and decode the longest prompts, then the most rows. Returns the pages that they had."""
     context, page_size = loaded.limits.context_length, loaded.page_size
     longest = max(1, context - 2)
-    few_long = [longest] * max(1, min(config.max_rows, config.max_batch_tokens // longest))
-    many_short = [min(longest, config.max_batch_tokens // config.max_rows)] * config.max_rows
+    few_long = [longest] * max(1, min(config.max_rows, config.prefill_budget // longest))
+    many_short = [min(longest, config.prefill_budget // config.max_rows)] * config.max_rows
     loads = few_long, many_short
     num_pages = max(sum(length // page_size + 2 for length in load) for load in loads)
     runner = make_runner(config, loaded, num_pages)
     for load in loads:
         table = RequestTable(loaded.limits, num_pages, page_size, config.max_rows, NoPrefixCache())
-        scheduler = Scheduler(table, config.max_batch_tokens)
+        scheduler = make_scheduler(table, config.prefill_budget)
         for i, length in enumerate(load):
             params = SamplingParams(
                 max_tokens=min(2, context - length),

@@ -5,7 +5,7 @@ from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_r
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.runner import ModelRunner
-from stages.stage2_paged.scheduler import Scheduler
+from stages.stage2_paged.scheduler import AnyScheduler, Scheduler
 
 __all__ = ["EngineConfig", "PagedEngine", "build"]
 
@@ -17,10 +17,10 @@ def build(config: EngineConfig) -> Engine:
         ValueError: the model or the configuration cannot be served; the message says why.
     """
     loaded = load(config)
-    num_pages = measure_pages(config, loaded)
+    num_pages = measure_pages(config, loaded, Scheduler)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, NoPrefixCache())
-    scheduler = Scheduler(table, config.max_batch_tokens)
+    scheduler = Scheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
     return PagedEngine(table, scheduler, runner, limits.context_length)
 
@@ -29,7 +29,7 @@ class PagedEngine:
     """Schedule a batch, run it, commit its tokens, and again."""
 
     def __init__(
-        self, table: RequestTable, scheduler: Scheduler, runner: ModelRunner, context_length: int
+        self, table: RequestTable, scheduler: AnyScheduler, runner: ModelRunner, context_length: int
     ) -> None:
         self._table = table
         self._scheduler = scheduler

@@ -17,10 +17,10 @@ def build(config: EngineConfig) -> Engine:
         ValueError: the model or the configuration cannot be served; the message says why.
     """
     loaded = load(config)
-    num_pages = measure_pages(config, loaded)
+    num_pages = measure_pages(config, loaded, Scheduler)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size)
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
-    scheduler = Scheduler(table, config.max_batch_tokens)
+    scheduler = Scheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
     return PagedEngine(table, scheduler, runner, limits.context_length)

@@ -1,6 +1,7 @@
 """What it takes to hold a stage's engine to stage 1's tokens, on time and one step late."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,16 @@ def requests_for(rng: random.Random, lengths: Any, count: int, room: int) -> lis
         if len(request.prompt) + (request.params.max_tokens or 0) <= room:
             found.append(request)
     return found
+
+
+def sharing(rng: random.Random, count: int, room: int) -> list[Request]:
+    """Random requests of which most begin as another does, for any number of tokens."""
+    stems = [rng.choices(range(VOCAB_SIZE), k=40) for _ in range(3)]
+    requests = requests_for(rng, range(1, 45), count, room)
+    for i, request in enumerate(requests):
+        shared = rng.choice(stems)[: rng.randint(len(request.prompt) // 2, len(request.prompt) - 1)]
+        requests[i] = replace(request, prompt=[*shared, *request.prompt[len(shared) :]])
+    return requests
 
 
 def oracle(path: Path, requests: list[Request]) -> dict[str, list[TokenOutput]]:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stages.interface import Request, RequestRefused, SamplingParams
 from stages.stage1_naive.limits import Limits
-from stages.stage2_paged.assembly import cap_context
+from stages.stage2_paged.assembly import MakeScheduler, cap_context
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.prefix_cache import PrefixCache
 from stages.stage2_paged.request_table import RequestTable, SampledToken
@@ -31,13 +31,14 @@ class TableMachine(RuleBasedStateMachine):
     seen: ClassVar[Counter[str]]
     late: ClassVar[bool] = False
     make_cache: ClassVar[Callable[[int], PrefixCache]]  # of a page size
-    make_scheduler: ClassVar[Callable[[RequestTable, int], Scheduler]] = Scheduler
+    make_scheduler: ClassVar[MakeScheduler] = Scheduler
 
     @initialize(
-        page_size=st.sampled_from([1, 2, 4, 16]), pages=st.integers(2, 24), rows=st.integers(1, 6),
+        page_size=st.sampled_from([1, 2, 4, 16]), tokens=st.integers(20, 80), rows=st.integers(1, 6),
         budget=st.integers(6, 50),
     )  # fmt: skip
-    def start(self, page_size: int, pages: int, rows: int, budget: int) -> None:
+    def start(self, page_size: int, tokens: int, rows: int, budget: int) -> None:
+        pages = max(2, tokens // page_size)  # one or two long requests fill them
         self.pages, self.rows, self.budget, self.page_size = pages, rows, budget, page_size
         limits = cap_context(Limits(VOCAB, CONTEXT, frozenset({EOS})), pages * page_size)
         self.context = limits.context_length
@@ -52,8 +53,8 @@ class TableMachine(RuleBasedStateMachine):
         self.aborted: set[str] = set()
 
     @rule(
-        length=st.integers(1, CONTEXT), max_tokens=st.none() | st.integers(1, 20), seed=st.integers(0, 3),
-        follows=st.integers(0, 9), ignore_eos=st.booleans(),
+        length=st.integers(1, 8) | st.integers(1, CONTEXT), max_tokens=st.none() | st.integers(1, 30),
+        seed=st.integers(0, 3), follows=st.integers(0, 9), ignore_eos=st.booleans(),
         stops=st.lists(st.integers(1, VOCAB - 1), max_size=3),
     )  # fmt: skip
     def add(
@@ -81,7 +82,7 @@ class TableMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self._abort(data.draw(st.sampled_from(self.live)))
 
-    @rule(count=st.integers(1, 8), data=st.data())
+    @rule(count=st.integers(1, 16), data=st.data())
     def steps(self, count: int, data: st.DataObject) -> None:
         for _ in range(count):
             self._step(data.draw(st.sampled_from(self.live)) if self.live and data.draw(_rarely) else None)
@@ -100,8 +101,10 @@ class TableMachine(RuleBasedStateMachine):
     def _step(self, abort: str | None = None) -> None:
         """One step of an engine; `abort` arrives while its batch is under way."""
         waiting, running = list(self.table.waiting), list(self.table.running)
+        reading = [s for s in running if s.length - s.scheduled > 1]
         batch = self.scheduler.schedule()
         self.seen["preempted"] += sum(s.slot is None for s in running)
+        self.seen["preempted in mid-prompt"] += sum(s.slot is None for s in reading)
         self.seen["preempted in flight"] += sum(s.slot is None and s.in_flight for s in running)
         launched = None
         if batch is not None:
@@ -168,11 +171,15 @@ class TableMachine(RuleBasedStateMachine):
             assert (name in self.ended) == (len(output) == len(expected))
             assert self.ended.get(name, reason) == reason
 
+    def _most_steps(self) -> int:
+        """How many steps the live requests can take, of which each brings a token or waits for one."""
+        left = sum(len(expected_output(self.requests[n], self.context)[0]) for n in self.live)
+        return (2 * left + 2 if self.late else left) + 1
+
     def teardown(self) -> None:
         if not hasattr(self, "table"):
             return
-        left = sum(len(expected_output(self.requests[n], self.context)[0]) for n in self.live)
-        most = (2 * left + 2 if self.late else left) + 1
+        most = self._most_steps()
         while self.table.has_work or self.in_flight:
             assert (most := most - 1) >= 0, "somebody starves"
             self._step()

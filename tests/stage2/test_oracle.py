@@ -41,7 +41,7 @@ def test_tokens_are_those_of_stage_1(
     for name, make in ENGINES.items():
         preemptions.clear()
         made = make(
-            config(checkpoint(family), page_size=page_size, num_pages=pages, max_rows=5, max_batch_tokens=40)
+            config(checkpoint(family), page_size=page_size, num_pages=pages, max_rows=5, prefill_budget=40)
         )
         outputs = run_arriving(made, requests, rng)
         for request in requests:
@@ -56,7 +56,7 @@ def test_much_room_and_one_row_say_the_same(checkpoint: Callable[[str], Path], m
     rng = random.Random(1)
     requests = requests_for(rng, range(1, 40), 10, CONTEXT)
     wide = make(config(checkpoint("qwen3"), page_size=16, num_pages=100))
-    narrow = make(config(checkpoint("qwen3"), page_size=64, num_pages=2, max_rows=1, max_batch_tokens=1))
+    narrow = make(config(checkpoint("qwen3"), page_size=64, num_pages=2, max_rows=1, prefill_budget=1))
     expected = run_engine(wide, requests)
     alone = run_arriving(narrow, requests, rng)
     for request in requests:

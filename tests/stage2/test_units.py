@@ -19,6 +19,7 @@ from stages.stage2_paged.batch import Batch, Row, Sequence
 from stages.stage2_paged.inputs import Slots
 from stages.stage2_paged.kv_cache import PageAllocator
 from stages.stage2_paged.sampler import Sampler
+from stages.stage2_paged.scheduler import Scheduler
 from tests.oracle import random_request
 from tests.stage2.attention_case import KV_HEADS, make_case, shapes
 
@@ -155,7 +156,7 @@ def test_backends_that_can() -> None:
     [
         ({"num_pages": 0}, "num_pages must be at least 1, not 0"),
         ({"max_rows": 0}, "max_rows must be at least 1"),
-        ({"max_rows": 9, "max_batch_tokens": 8}, r"max_batch_tokens \(8\) must be at least max_rows \(9\)"),
+        ({"max_rows": 9, "prefill_budget": 8}, r"prefill_budget \(8\) must be at least max_rows \(9\)"),
         ({"memory_fraction": 0.0}, "memory_fraction"),
         ({"memory_fraction": 1.01}, "memory_fraction"),
     ],
@@ -168,7 +169,7 @@ def test_what_cannot_be_configured(settings: dict[str, Any], message: str) -> No
 def test_pages_on_a_cpu(checkpoint: Callable[[str], Path]) -> None:
     def pages(**settings: Any) -> int:
         config = EngineConfig(model=str(checkpoint("qwen3")), device="cpu", **settings)
-        return measure_pages(config, load(config))
+        return measure_pages(config, load(config), Scheduler)
 
     assert pages(num_pages=7) == 7
     assert pages(max_rows=3, max_context=33, page_size=16) == 9  # more could not be used

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from stages.interface import Engine, Request, SamplingParams
 from stages.stage3_radix.engine import EngineConfig, build
 from tests.checkpoints import VOCAB_SIZE
 from tests.oracle import assert_same_outputs, run_arriving, run_engine, tokens_of
-from tests.stage2.oracle_case import CONTEXT, LateEngine, oracle, requests_for, settings
+from tests.stage2.oracle_case import CONTEXT, LateEngine, oracle, settings, sharing
 
 ROUNDS = int(os.environ.get("STAGE3_ROUNDS", "1"))  # more by hand
 PAGES = {1: 70, 16: 5}  # so few that requests run out of them and prefixes are evicted
@@ -27,16 +26,6 @@ def config(path: Path, **more: Any) -> EngineConfig:
     return EngineConfig(**settings(path, attention="torch", **more))
 
 
-def sharing(rng: random.Random, count: int, room: int) -> list[Request]:
-    """Random requests of which most begin as another does, for any number of tokens."""
-    stems = [rng.choices(range(VOCAB_SIZE), k=40) for _ in range(3)]
-    requests = requests_for(rng, range(1, 45), count, room)
-    for i, request in enumerate(requests):
-        shared = rng.choice(stems)[: rng.randint(len(request.prompt) // 2, len(request.prompt) - 1)]
-        requests[i] = replace(request, prompt=[*shared, *request.prompt[len(shared) :]])
-    return requests
-
-
 @pytest.mark.parametrize("seed", range(ROUNDS))
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("page_size", PAGES)
@@ -48,7 +37,7 @@ def test_tokens_are_those_of_stage_1(
     requests = sharing(rng, 30, min(CONTEXT, pages * page_size))
     expected = oracle(checkpoint("qwen3"), requests)
     engine = ENGINES[name](
-        config(checkpoint("qwen3"), page_size=page_size, num_pages=pages, max_rows=6, max_batch_tokens=50)
+        config(checkpoint("qwen3"), page_size=page_size, num_pages=pages, max_rows=6, prefill_budget=50)
     )
     outputs = run_arriving(engine, requests, rng)
     for request in requests:

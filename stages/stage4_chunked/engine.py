@@ -1,0 +1,37 @@
+"""Stage 4, assembled: stage 3's engine, with a scheduler that cuts prompts into chunks."""
+
+from dataclasses import dataclass, field
+
+from stages.interface import Engine
+from stages.stage2_paged import assembly
+from stages.stage2_paged.assembly import cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.engine import PagedEngine
+from stages.stage2_paged.request_table import RequestTable
+from stages.stage3_radix.prefix_cache import RadixPrefixCache
+from stages.stage4_chunked.scheduler import ChunkedScheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(assembly.EngineConfig):
+    """As before, but the budget is for all tokens of a step, and no prompt exceeds it."""
+
+    prefill_budget: int = field(
+        default=2048,
+        metadata={"help": "tokens that a step computes: one for each running request, the rest of prompts"},
+    )
+
+
+def build(config: EngineConfig) -> Engine:
+    """Load the model, measure the room for pages, and assemble the engine.
+
+    Raises:
+        ValueError: the model or the configuration cannot be served; the message says why.
+    """
+    loaded = load(config)
+    num_pages = measure_pages(config, loaded, ChunkedScheduler)
+    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
+    cache = RadixPrefixCache(loaded.page_size)
+    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    scheduler = ChunkedScheduler(table, config.prefill_budget)
+    runner = make_runner(config, loaded, num_pages)
+    return PagedEngine(table, scheduler, runner, limits.context_length)
