@@ -128,14 +128,14 @@ def hit_rate(before: Statistics, after: Statistics) -> float:
 
 
 def chat(engine: Engine, draw: random.Random) -> Iterator[Json]:
-    """8 conversations of 8 turns, one after the other: a system prompt of 1,024 tokens, then 256 of the user
+    """8 conversations of 8 turns, one after the other: a system prompt of 1,024 tokens, then 4,000 of the user
     and 16 of the model in each turn. The time to the first token, median of the conversations, by turn."""
     firsts: list[list[float]] = [[] for _ in range(8)]
     lengths = []
     for conversation in range(8):
         prompt = tokens(draw, 1024)
         for turn in range(8):
-            prompt = prompt + tokens(draw, 256)
+            prompt = prompt + tokens(draw, 4000)
             add(engine, f"{conversation} {turn}", prompt, 16)
             start, answer = time.perf_counter(), list[int]()
             while engine.has_work:
