@@ -128,8 +128,8 @@ def hit_rate(before: Statistics, after: Statistics) -> float:
 
 
 def chat(engine: Engine, draw: random.Random) -> Iterator[Json]:
-    """8 conversations of 8 turns, one after the other: a system prompt of 1,024 tokens, then 4,000 of the user
-    and 16 of the model in each turn. The time to the first token, median of the conversations, by turn."""
+    """8 conversations of 8 turns, one after the other: a system prompt of 1,024 tokens, then 4,000 of the
+    user and 16 of the model in each turn. The time to the first token by turn, median of the conversations."""
     firsts: list[list[float]] = [[] for _ in range(8)]
     lengths = []
     for conversation in range(8):
