@@ -626,7 +626,7 @@ publish(
     "Peak memory grows with the prompt where it is read whole and stays flat with a budget",
     f"Peak memory of a step's activations while a prompt is read. At {LENGTHS[-1]:,} tokens, a whole "
     f"one takes {peaks[UNLIMITED, False][-1] / peaks[BUDGET, False][-1]:.0f} times as much as its chunks "
-    f"on the left, and {peaks[UNLIMITED, True][-1] / peaks[BUDGET, True][-1]:.0f} times as much on the right.",
+    f"on the left, and {peaks[UNLIMITED, True][-1] / peaks[BUDGET, True][-1]:.0f} times on the right.",
 )
 
 # %% [markdown]
@@ -692,7 +692,8 @@ for title, steps in (("nobody leaves", stays), ("“first” leaves in step 2", 
 # ## On a GPU
 #
 # The same with the shape of Qwen3-0.6B and random weights. Requests are being answered when a long prompt
-# arrives:
+# arrives. Here only the time until its first token is counted, in gaps and in output tokens per second. So
+# where it is read whole, there is one gap for everyone, and hardly a token:
 
 # %% tags=["hide-input"]
 measured = json.loads((ROOT / "benchmarks/results/stage4-h200.json").read_text())
@@ -708,7 +709,7 @@ meets = results("meets")
 if meets:
     print(meets[0]["workload"])
 table(
-    ["budget", "gap p50, ms", "p99", "longest", "first token of the long prompt, s", "tokens/s"],
+    ["budget", "gap p50, ms", "p99", "longest", "first token of the long prompt, s", "output tokens/s"],
     [
         (
             name_of(r["budget"]),
