@@ -184,7 +184,7 @@ def test_costs_do_not_grow_with_what_is_cached() -> None:
 
 
 def test_speed_is_not_absurd() -> None:
-    """The figures are measured by `benchmarks/radix_tree.py`; this guards against another order of growth."""
+    """`python -m minisgl.bench radix` measures the figures; this guards against another order of growth."""
     rng, tree = random.Random(0), RadixTree(16)
     prompts = [rng.choices(range(50_000), k=1000) for _ in range(500)]
     start = time.perf_counter()

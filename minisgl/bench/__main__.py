@@ -1,0 +1,61 @@
+"""The command line of the benchmarks."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from minisgl.bench import compare, radix
+
+_COMMANDS = {
+    "offline": "named workloads in this process, each beside the machine's limit",
+    "stages": "the same workload through every stage",
+    "online": "load on any OpenAI-compatible server",
+    "radix": "the radix tree alone",
+    "compare": "two result files side by side",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status; a user's mistake is one line on stderr, and 1."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    program = "python -m minisgl.bench"
+    if not argv or argv[0] not in _COMMANDS:
+        lines = "\n".join(f"  {name:<9} {about}" for name, about in _COMMANDS.items())
+        print(f"usage: {program} COMMAND ...\n\n{__doc__}\n\n{lines}\n\n{program} COMMAND --help tells more")
+        return 0 if argv in (["--help"], ["-h"]) else 2
+    name, rest = argv[0], argv[1:]
+    parser = argparse.ArgumentParser(
+        prog=f"{program} {name}",
+        description=_COMMANDS[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    try:
+        return _run(name, parser, rest)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    if name in ("offline", "stages"):  # imported late: they need torch
+        from minisgl.bench import offline
+
+        offline.add_arguments(parser, rest, every_stage=name == "stages")
+        args = parser.parse_args(rest)
+        return offline.run_offline(args) if name == "offline" else offline.run_stages(args)
+    if name == "online":
+        from minisgl.bench import online
+
+        online.add_arguments(parser)
+        return online.run(parser.parse_args(rest))
+    if name == "compare":
+        compare.add_arguments(parser)
+        return compare.run(parser.parse_args(rest))
+    radix.add_arguments(parser)
+    return radix.run(parser.parse_args(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

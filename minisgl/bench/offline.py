@@ -1,0 +1,164 @@
+"""`offline`: named workloads in this process, each beside its limit; `stages`: one through every stage."""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minisgl import builtin
+from minisgl.bench.limits import Machine, least_seconds, measure_machine
+from minisgl.bench.record import environment, save
+from minisgl.bench.shapes import SHAPES, write_random
+from minisgl.bench.workloads import BATCHES, STORIES, Draw, Json, add, drain
+from minisgl.cli import add_engine_arguments
+from stages import LATEST, load_stage
+from stages.interface import Engine
+from stages.stage1_naive.config import ModelConfig, find_model
+from stages.stage1_naive.weights import pick_device, pick_dtype
+
+
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], every_stage: bool) -> None:
+    """The flags of `offline`, or of `stages`. The engine's own flags are the chosen stage's."""
+    add_engine_arguments(parser, argv)
+    names = [*BATCHES, *([] if every_stage else STORIES)]
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape, not MODEL")
+    parser.add_argument(
+        "--workload",
+        action="append",
+        choices=names,
+        help=f"several times for several (default: {'ladder' if every_stage else 'offline, one'})",
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each (default: 3)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
+    if every_stage:
+        parser.add_argument(
+            "--stages", default=",".join(map(str, range(1, LATEST + 1))), help="which (default: all)"
+        )
+        parser.add_argument("--chart", type=Path, metavar="FILE", help="draw FILE-light.svg and -dark.svg")
+
+
+def run_offline(args: argparse.Namespace) -> int:
+    with _model(args) as folder:
+        results = _Bench(args, folder).measure(args.stage, args.workload or ["offline", "one"])
+    return _finish(args, results)
+
+
+def run_stages(args: argparse.Namespace) -> int:
+    results = []
+    numbers = [int(number) for number in args.stages.split(",")]
+    with _model(args) as folder:
+        bench = _Bench(args, folder)
+        for number in numbers:
+            results += bench.measure(number, args.workload or ["ladder"])
+    if args.chart:
+        from minisgl.bench.charts import draw_ladder
+
+        draw_ladder(results, args.chart)
+    return _finish(args, results)
+
+
+@contextmanager
+def _model(args: argparse.Namespace) -> Iterator[Path]:
+    if args.repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {args.repeats}")
+    if args.shape is None:
+        yield find_model(args.model or str(builtin.PATH))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"writing random weights of {args.shape}'s shape", file=sys.stderr)
+        write_random(Path(folder), SHAPES[args.shape])
+        yield Path(folder)
+
+
+class _Bench:
+    """Engines of one model on one machine, one after the other."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args = args
+        self._folder = folder
+        self._config = ModelConfig.load(folder)
+        device = pick_device(args.device)
+        self._dtype = pick_dtype(args.dtype, self._config, device)
+        self._machine: Machine = measure_machine(device, self._dtype)
+        copied, product = self._machine.bandwidth / 1e9, self._machine.flops / 1e12
+        print(f"this machine copies {copied:,.0f} GB/s and multiplies {product:,.1f} TFLOP/s")
+
+    def measure(self, stage: int, names: list[str]) -> list[Json]:
+        """The results of `names`, printed one by one. Memory is free again on return."""
+        engine = self._build(stage)
+        draw = Draw(stage, self._config.vocab_size)
+        for i in range(4):  # warm-up: kernels are compiled and memory is taken
+            add(engine, str(i), draw.tokens(64), 8)
+        drain(engine)
+        results = []
+        for name in names:
+            measured = self._batch if name in BATCHES else self._story
+            for result in measured(engine, draw, name):
+                results.append({"stage": stage, **result})
+                print(_line(results[-1]), flush=True)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+        return results
+
+    def _build(self, stage: int) -> Engine:
+        module = load_stage(stage)
+        known = {field.name for field in fields(module.EngineConfig)} - {"model"}
+        given = {name: value for name, value in vars(self._args).items() if name in known}
+        if stage != self._args.stage:  # flags that were not given have the defaults of another stage
+            defaults = {f.name: f.default for f in fields(load_stage(self._args.stage).EngineConfig)}
+            given = {name: value for name, value in given.items() if value != defaults[name]}
+        return module.build(module.EngineConfig(model=str(self._folder), **given))
+
+    def _batch(self, engine: Engine, draw: Draw, name: str) -> Iterator[Json]:
+        batch, runs, limits = BATCHES[name], list[Json](), list[float]()
+        for _ in tqdm(range(self._args.repeats), desc=batch.about, unit="run", leave=False):
+            load = batch.make(draw)
+            runs.append(batch.run(engine, load))
+            size = self._dtype.itemsize
+            work = batch.work(load)
+            limits.append(least_seconds(self._config, size, self._machine, work, batch.in_turn))
+        seconds = statistics.median(run["seconds"] for run in runs)
+        tokens, limit = runs[0]["tokens"], statistics.median(limits)
+        yield {
+            "workload": batch.about,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "hit_rate": statistics.median(run["hit_rate"] for run in runs),
+            "limit_seconds": limit,
+            "of_limit": limit / seconds,
+            "all_seconds": [run["seconds"] for run in runs],
+        }
+
+    def _story(self, engine: Engine, draw: Draw, name: str) -> Iterator[Json]:
+        for _ in tqdm(range(self._args.repeats), desc=name, unit="run", leave=False):
+            yield from STORIES[name](engine, draw)
+
+
+def _line(result: Json) -> str:
+    head = f"stage {result['stage']}  {result['workload']:<58}"
+    if "of_limit" in result:
+        return (
+            f"{head}{result['seconds']:>10.3f} s {result['tokens_per_second']:>10,.0f} tok/s"
+            f"   limit {result['limit_seconds']:.3f} s, {result['of_limit']:.0%} of it reached"
+        )
+    shown = {name: value for name, value in result.items() if not name.startswith(("all_", "stage", "work"))}
+    return f"{head}{shown}"
+
+
+def _finish(args: argparse.Namespace, results: list[Json]) -> int:
+    if args.out:
+        model = f"{args.shape}'s shape, random weights" if args.shape else str(args.model or builtin.NAME)
+        flags = {f.name: getattr(args, f.name) for f in fields(load_stage(args.stage).EngineConfig)}
+        del flags["model"]
+        save(args.out, environment() | {"model": model, "engine": flags, "results": results})
+    return 0

@@ -1,0 +1,79 @@
+"""Shapes of known models, and checkpoints of such a shape with random weights: nothing is downloaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from stages.stage1_naive.config import ModelConfig
+from stages.stage1_naive.weights import tensor_shapes
+
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131_072,  # the models' own 40,960, and what their YaRN files stretch it to
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+}
+_LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128_256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = False) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _QWEN3 | _sizes(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _QWEN3 | _sizes(4096, 12_288, 36, 32),
+    "qwen3-14b": _QWEN3 | _sizes(5120, 17_408, 40, 40),
+    "qwen3-32b": _QWEN3 | _sizes(5120, 25_600, 64, 64),
+    "llama-3.2-1b": _LLAMA3 | _sizes(2048, 8192, 16, 32, tied=True),
+    "llama-3.1-8b": _LLAMA3 | _sizes(4096, 14_336, 32, 32),
+    "llama-3.1-70b": _LLAMA3 | _sizes(8192, 28_672, 80, 64),
+}
+
+
+def write_random(folder: Path, shape: dict[str, Any]) -> None:
+    """A model folder in Hugging Face format: weights from a normal distribution of 0.02, norms of ones."""
+    (folder / "config.json").write_text(json.dumps(shape))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    index = {}
+    for name, size in tensor_shapes(ModelConfig.load(folder)).items():
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        file = f"model-{layer}.safetensors"  # one a layer: a large model fits the host's memory
+        if file not in files:
+            _flush(folder, files)
+        drawn = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
+        weight = torch.ones(size) if len(size) == 1 else drawn * 0.02
+        files.setdefault(file, {})[name] = weight.to("cpu", torch.bfloat16)
+        index[name] = file
+    _flush(folder, files)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def _flush(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
+    for file, tensors in files.items():
+        save_file(tensors, folder / file)
+    files.clear()
