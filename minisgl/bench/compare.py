@@ -22,15 +22,15 @@ def run(args: argparse.Namespace) -> int:
     matched = [(olds[_key(result)], result) for result in after["results"] if _key(result) in olds]
     if not matched:
         raise ValueError(f"{args.before} and {args.after} have no measurement in common")
-    print(f"{'':<60}{'before':>14}{'after':>14}{'ratio':>8}   spread of the runs, before and after")
     for old, new in matched:
+        title = ", ".join(f"{key} {new[key]}" for key in _KEYS if key in new).removeprefix("workload ")
+        print(f"\n{title}\n{'':<28}{'before':>14}{'after':>14}{'ratio':>8}   spread of the runs")
         for name in _metrics(old):
             if name in _metrics(new):
                 a, b = _metrics(old)[name], _metrics(new)[name]
-                label = " ".join(str(new[key]) for key in _KEYS[:2] if key in new)
                 ratio = f"{b / a:.3f}" if a else "-"
                 spread = f"   {_spread(old, name)}, {_spread(new, name)}"
-                print(f"{label + ': ' + name:<60.60}{a:>14,.4g}{b:>14,.4g}{ratio:>8}{spread}")
+                print(f"  {name:<26}{a:>14,.5g}{b:>14,.5g}{ratio:>8}{spread}")
     return 0
 
 
