@@ -59,7 +59,7 @@ def metric(server: RunningServer, name: str) -> int:
 def test_numbers_add_up(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = metric(server, "prompt_tokens_total")
     sizes = ("--vocab", 256, "--requests", 8, "--input-tokens", "8,40", "--output-tokens", "5,9")
-    [result] = results(tmp_path, "--url", server.url, *sizes, "--limit-ttft", 1e6, "--limit-itl", 1e-6)
+    [result] = results(tmp_path, "--url", server.url, *sizes, "--limit-ttft", 1e-6, "--limit-itl", 1e6)
     each = result["per_request"]
     assert len(each) == result["requests"] == 8
     assert result["failed"] == 0
@@ -151,7 +151,7 @@ def test_requests_start_at_their_times(tmp_path: Path) -> None:
     arrivals = [r["arrival"] for r in result["per_request"]]
     assert max(arrivals) > 0.1
     late = sorted(r["start"] - r["arrival"] for r in result["per_request"])
-    assert late[0] >= 0, "nobody starts early"
+    assert late[0] > -0.005, "nobody starts early, but for what a timer rounds"
     assert late[len(late) // 2] < 0.1, "most are on time, also on a busy machine"
 
 
