@@ -84,8 +84,10 @@ class Load:
             for number, conversation in enumerate(conversations):
                 prompt = conversation.turns[0].prompt()  # before the wait, so that it delays nothing
                 await places.acquire()
-                wait = begin + conversation.arrival_s - time.perf_counter()
-                await asyncio.sleep(max(wait, 0))  # also lets the others read while all start at once
+                await asyncio.sleep(0)  # lets the others read while all start at once
+                due = begin + conversation.arrival_s
+                while (wait := due - time.perf_counter()) > 0:  # noqa: ASYNC110  # no event to wait for
+                    await asyncio.sleep(wait)  # maybe again: uvloop rounds to milliseconds, down too
                 tasks.create_task(run(number, conversation, prompt))
 
     async def _converse(
