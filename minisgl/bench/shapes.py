@@ -58,22 +58,10 @@ def write_random(folder: Path, shape: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(shape))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    index = {}
+    files = {}
     for name, size in tensor_shapes(ModelConfig.load(folder)).items():
-        layer = name.split(".")[2] if ".layers." in name else "rest"
-        file = f"model-{layer}.safetensors"  # one a layer: a large model fits the host's memory
-        if file not in files:
-            _flush(folder, files)
         drawn = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
         weight = torch.ones(size) if len(size) == 1 else drawn * 0.02
-        files.setdefault(file, {})[name] = weight.to("cpu", torch.bfloat16)
-        index[name] = file
-    _flush(folder, files)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-
-
-def _flush(folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
-    for file, tensors in files.items():
-        save_file(tensors, folder / file)
-    files.clear()
+        files[name] = f"{name}.safetensors"  # one each: a large model fits the host's memory
+        save_file({name: weight.to("cpu", torch.bfloat16)}, folder / files[name])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))

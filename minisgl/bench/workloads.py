@@ -161,7 +161,13 @@ def gaps(engine: Engine, draw: Draw) -> Iterator[Json]:
 
 
 def long_prompts(engine: Engine, draw: Draw) -> Iterator[Json]:
-    """Prompts of up to 128,000 tokens, alone: the memory at the peak of the prefill beyond what lay there."""
+    """Prompts of up to 128,000 tokens, alone: the memory at the peak of the prefill beyond what lay there.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("long-prompts measures a GPU's memory, and there is no GPU here")
     for length in (2_000, 8_000, 32_000, 64_000, 128_000):
         if length >= engine.context_length:
             break

@@ -27,7 +27,6 @@ class Call:
     body: Body
     requests: Sequence[Request]
     stop: Sequence[str]
-    num_prompts: int
     prompt_tokens: int  # of all prompts together
 
 
@@ -91,7 +90,7 @@ def _call(kind: str, body: Body, prompts: Sequence[tuple[list[int], SamplingPara
         for choice in range(n)
     ]
     prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
-    return Call(call_id, int(time.time()), body, requests, stop, len(prompts), prompt_tokens)
+    return Call(call_id, int(time.time()), body, requests, stop, prompt_tokens)
 
 
 def _seed(seed: int | None, choice: int) -> int:

@@ -122,7 +122,7 @@ def _envelope(call: Call, kind: str) -> Json:
 
 def _usage(call: Call, choices: Sequence[Choice]) -> Json:
     completion = sum(choice.completion_tokens for choice in choices)
-    firsts = choices[:: len(choices) // call.num_prompts]  # a prompt counts once, however many its choices
+    firsts = choices[:: call.body.n or 1]  # a prompt counts once, however many its choices
     cached = sum(choice.cached_tokens for choice in firsts)
     return {
         "prompt_tokens": call.prompt_tokens,

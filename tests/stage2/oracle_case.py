@@ -1,18 +1,20 @@
 """What it takes to hold a stage's engine to stage 1's tokens, on time and one step late."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from stages.interface import Request, Statistics, TokenOutput
+from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage1_naive import engine as stage1
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.runner import Pending
 from tests.checkpoints import VOCAB_SIZE
-from tests.oracle import random_request, run_engine
+from tests.oracle import assert_same_outputs, random_request, run_arriving, run_engine
 
 CONTEXT = 64
+PAGES = {1: 70, 16: 5}  # so few that requests run out of them and prefixes are evicted
 
 
 class LateEngine:
@@ -64,3 +66,17 @@ def sharing(rng: random.Random, count: int, room: int) -> list[Request]:
 
 def oracle(path: Path, requests: list[Request]) -> dict[str, list[TokenOutput]]:
     return run_engine(stage1.build(stage1.EngineConfig(**settings(path))), requests)
+
+
+def serve_sharing(path: Path, make: Callable[..., Engine], page_size: int, rng: random.Random) -> Statistics:
+    """Requests that share prefixes, arriving at random at an engine with too few pages: stage 1's tokens."""
+    pages = PAGES[page_size]
+    requests = sharing(rng, 30, min(CONTEXT, pages * page_size))
+    expected = oracle(path, requests)
+    engine = make(page_size=page_size, num_pages=pages)
+    outputs = run_arriving(engine, requests, rng)
+    for request in requests:
+        assert_same_outputs(expected[request.id], outputs[request.id])
+    counted = engine.statistics
+    assert counted.free_pages + counted.cached_pages == counted.pages, "nobody owns a page any more"
+    return counted

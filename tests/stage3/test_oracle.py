@@ -12,10 +12,9 @@ from stages.interface import Engine, Request, SamplingParams
 from stages.stage3_radix.engine import EngineConfig, build
 from tests.checkpoints import VOCAB_SIZE
 from tests.oracle import assert_same_outputs, run_arriving, run_engine, tokens_of
-from tests.stage2.oracle_case import CONTEXT, LateEngine, oracle, settings, sharing
+from tests.stage2.oracle_case import PAGES, LateEngine, oracle, serve_sharing, settings
 
 ROUNDS = int(os.environ.get("STAGE3_ROUNDS", "1"))  # more by hand
-PAGES = {1: 70, 16: 5}  # so few that requests run out of them and prefixes are evicted
 ENGINES: dict[str, Callable[[EngineConfig], Engine]] = {
     "at once": build,
     "late": lambda config: LateEngine(build(config)),
@@ -32,18 +31,11 @@ def config(path: Path, **more: Any) -> EngineConfig:
 def test_tokens_are_those_of_stage_1(
     checkpoint: Callable[[str], Path], preemptions: list[bool], page_size: int, name: str, seed: int
 ) -> None:
+    def make(**settings: Any) -> Engine:
+        return ENGINES[name](config(checkpoint("qwen3"), max_rows=6, prefill_budget=50, **settings))
+
     rng = random.Random(f"{seed} {page_size} {name}")
-    pages = PAGES[page_size]
-    requests = sharing(rng, 30, min(CONTEXT, pages * page_size))
-    expected = oracle(checkpoint("qwen3"), requests)
-    engine = ENGINES[name](
-        config(checkpoint("qwen3"), page_size=page_size, num_pages=pages, max_rows=6, prefill_budget=50)
-    )
-    outputs = run_arriving(engine, requests, rng)
-    for request in requests:
-        assert_same_outputs(expected[request.id], outputs[request.id])
-    counted = engine.statistics
-    assert counted.free_pages + counted.cached_pages == counted.pages, "nobody owns a page any more"
+    counted = serve_sharing(checkpoint("qwen3"), make, page_size, rng)
     if seed == 0:  # the load that always runs meets it all
         assert preemptions
         assert any(preemptions) == (name == "late")
