@@ -12,6 +12,7 @@ _COMMANDS = {
     "online": "load on any OpenAI-compatible server",
     "radix": "the radix tree alone",
     "compare": "two result files side by side",
+    "weights": "a model folder of a known shape with random weights, to serve without a download",
 }
 
 
@@ -53,6 +54,11 @@ def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
     if name == "compare":
         compare.add_arguments(parser)
         return compare.run(parser.parse_args(rest))
+    if name == "weights":
+        from minisgl.bench import shapes
+
+        shapes.add_arguments(parser)
+        return shapes.run(parser.parse_args(rest))
     radix.add_arguments(parser)
     return radix.run(parser.parse_args(rest))
 

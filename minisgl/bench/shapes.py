@@ -1,12 +1,15 @@
 """Shapes of known models, and checkpoints of such a shape with random weights: nothing is downloaded."""
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from minisgl import builtin
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.weights import tensor_shapes
 
@@ -51,6 +54,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA3 | _sizes(4096, 14_336, 32, 32),
     "llama-3.1-70b": _LLAMA3 | _sizes(8192, 28_672, 80, 64),
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path, help="new, or without files of these names")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write a folder that can be served, to put load on a server without a download."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if (args.folder / "config.json").exists():
+        raise ValueError(f"{args.folder} holds a model already: name a new folder")
+    write_random(args.folder, SHAPES[args.shape])
+    write_tokenizer(args.folder, SHAPES[args.shape]["vocab_size"])
+    return 0
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """The built-in model's tokenizer and chat template; each further token is its own number as text."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(builtin.PATH / name, folder)
+    tokenizer = json.loads((builtin.PATH / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    known = {*vocab.values(), *(added["id"] for added in tokenizer["added_tokens"])}
+    vocab |= {f"<{i}>": i for i in range(vocab_size) if i not in known}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def write_random(folder: Path, shape: dict[str, Any]) -> None:
