@@ -227,7 +227,7 @@ def _message(body: bytes) -> str:
     """The readable part of an error's body, of OpenAI's shape or any other, in one line."""
     try:
         found = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except ValueError:  # no JSON, or no UTF-8
         found = body.decode(errors="replace")
     for key in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(key):

@@ -39,9 +39,11 @@ def _key(result: Json) -> tuple[str, ...]:
 
 
 def _metrics(result: Json) -> dict[str, float]:
-    """All single numbers of a result, those of a group such as percentiles under both names."""
+    """All numbers of a result but single runs, those of a group such as percentiles under both names."""
     found = {}
     for name, value in result.items():
+        if isinstance(value, list) and not name.startswith("all_"):  # the turns of a chat
+            value = {str(turn): number for turn, number in enumerate(value, 1)}
         inner = value.items() if isinstance(value, dict) else [("", value)]
         for sub, number in inner:
             if isinstance(number, int | float) and not isinstance(number, bool) and name not in _KEYS:

@@ -53,16 +53,21 @@ def run_offline(args: argparse.Namespace) -> int:
 
 def run_stages(args: argparse.Namespace) -> int:
     results = []
+    if not all(number.strip().isdecimal() for number in args.stages.split(",")):
+        raise ValueError(f"--stages must be numbers such as 1,3, not {args.stages!r}")
     numbers = [int(number) for number in args.stages.split(",")]
+    for number in numbers:
+        load_stage(number)  # a wrong one is found before anything is measured
     with _model(args) as folder:
         bench = _Bench(args, folder)
         for number in numbers:
             results += bench.measure(number, args.workload or ["ladder"])
-    if args.chart:
+    status = _finish(args, results)
+    if args.chart:  # after the numbers are saved: it may fail
         from minisgl.bench.charts import draw_ladder
 
         draw_ladder(results, args.chart)
-    return _finish(args, results)
+    return status
 
 
 @contextmanager

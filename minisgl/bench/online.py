@@ -173,7 +173,7 @@ def _first_model(server: Server) -> str:
         return str(found["data"][0]["id"])
     except RequestFailed as failure:
         raise ValueError(f"the server's models cannot be listed: {failure}") from None
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         raise ValueError("the server lists no models: name one with --model") from None
 
 

@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not 1 <= args.page_size <= args.tokens or args.prompts < 1:
+        raise ValueError("there must be at least one prompt, and one page of at least one token in each")
     draw, tree = random.Random(0), RadixTree(args.page_size)
     pages = args.tokens // args.page_size
     stems = [draw.choices(range(150_000), k=args.tokens) for _ in range(100)]

@@ -2,26 +2,26 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Json = dict[str, Any]
 _PACKAGES = ("torch", "triton", "flashinfer-python", "flash-attn", "flash-attn-4", "transformers")
 
 
-def environment(command: Sequence[str] | None = None) -> Json:
-    """Hardware, versions, commit and command line (`command`, or this process's own)."""
+def environment() -> Json:
+    """This machine's hardware, and the versions, commit and command line of this process."""
     import torch  # late: who only compares files or talks to a server does without
 
     return {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu(),
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
         "commit": commit(),
-        "command": "python -m minisgl.bench " + " ".join(sys.argv[1:] if command is None else command),
+        "command": "python -m minisgl.bench " + shlex.join(sys.argv[1:]),
     }
 
 
@@ -38,11 +38,12 @@ def load(path: Path) -> Json:
     """
     try:
         record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not there, not UTF-8, not JSON
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("results"), list):
-        raise ValueError(f'{path} is not a result of this program: it has no list "results"')
-    return record
+    results = record.get("results") if isinstance(record, dict) else None
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise ValueError(f'{path} is not a result of this program: it has no list "results" of objects')
+    return cast(Json, record)
 
 
 def _version(package: str) -> str | None:

@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder", type=Path, help="new, or without files of these names")
+    parser.add_argument("folder", type=Path, help="a new one, or one without a config.json")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -113,9 +113,10 @@ def chat(engine: Engine, draw: Draw) -> Iterator[Json]:
             add(engine, f"{conversation} {turn}", prompt, 16)
             start, answer = time.perf_counter(), list[int]()
             while engine.has_work:
-                answer += [output.token_id for output in engine.step()]
-                if len(answer) == 1:
+                outputs = engine.step()
+                if outputs and not answer:
                     firsts[turn].append(time.perf_counter() - start)
+                answer += [output.token_id for output in outputs]
             lengths.append(len(prompt))
             prompt = prompt + answer
     yield {

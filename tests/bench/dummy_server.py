@@ -47,6 +47,10 @@ class DummyServer:
         body = json.dumps({"error": {"message": "out of order"}}).encode()
         writer.write(b"HTTP/1.1 500 Oh\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
+    async def _latin(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter, tokens: int) -> None:
+        """JSON but not UTF-8, and no length: the end of the connection ends it."""
+        writer.write(b'HTTP/1.1 500 Oh\r\n\r\n{"error": "d\xe9sol\xe9"}')
+
     async def _cut(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter, tokens: int) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         content = event({"choices": [{"text": "ab"}]})

@@ -21,7 +21,7 @@ H200 = Machine(flops=790e12, bandwidth=4.3e12)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workload that takes no time, and a machine that need not be measured."""
+    """Workloads that take no time."""
     make = workloads._alike(5, prompt=20, output=6, shared=32)
     monkeypatch.setitem(BATCHES, "tiny", Batch("tiny", make, shared=32))
     monkeypatch.setitem(BATCHES, "tiny-in-turn", Batch("tiny in turn", make, shared=32, in_turn=True))
@@ -92,6 +92,13 @@ def test_stages_and_their_chart(
         assert svg.startswith("<?xml")
     light, dark = ((tmp_path / f"ladder-{name}.svg").read_text() for name in ("light", "dark"))
     assert light != dark
+
+
+def test_a_failed_chart_loses_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--stages", "2", "--workload", "tiny", "--repeats", "1", "--device", "cpu"]
+    file, chart = tmp_path / "ladder.json", tmp_path / "no" / "folder.svg"
+    assert run(capsys, "stages", *flags, "--out", file, "--chart", chart)[0] == 1
+    assert json.loads(file.read_text())["results"]
 
 
 def test_stories_run(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +221,14 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "p50" not in out, "only what both have"
 
 
+def test_compare_shows_the_turns_of_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.json", first_token_seconds=[0.5, 0.25], prompt_tokens=[3, 5])
+    _, out, _ = run(capsys, "compare", file, file)
+    [line] = [line for line in out.splitlines() if "first_token_seconds.2" in line]
+    assert line.split()[1:4] == ["0.25", "0.25", "1.000"]
+    assert "all_" not in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -228,6 +243,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["stages", "--stages", "1,9", "--device", "cpu", "--repeats", "1", "--workload", "tiny"],
             "no stage 9",
         ),
+        (["stages", "--stages", "1,"], "--stages must be numbers such as 1,3"),
+        (["radix", "--page-size", "0"], "one page of at least one token"),
+        (["radix", "--prompts", "5", "--tokens", "15"], "one page of at least one token"),
     ],
 )
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
@@ -243,13 +261,17 @@ def test_files_that_are_no_results_or_have_nothing_in_common(
     (tmp_path / "list.json").write_text("[]")
     good, other = write(tmp_path / "a.json"), write(tmp_path / "b.json", stage=3)
     assert "not a result of this program" in run(capsys, "compare", tmp_path / "list.json", good)[2]
+    (tmp_path / "numbers.json").write_text('{"results": [1]}')
+    assert "not a result of this program" in run(capsys, "compare", good, tmp_path / "numbers.json")[2]
+    (tmp_path / "binary.json").write_bytes(b"\xff")
+    assert "binary.json cannot be read" in run(capsys, "compare", tmp_path / "binary.json", good)[2]
     assert "no measurement in common" in run(capsys, "compare", good, other)[2]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--help")[0] == 0
     assert run(capsys, "nonsense")[0] == 2
-    for command in ("offline", "stages", "online", "radix", "compare"):
+    for command in ("offline", "stages", "online", "radix", "compare", "weights"):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0

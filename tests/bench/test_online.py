@@ -212,6 +212,7 @@ def test_a_trace_is_replayed(server: RunningServer, tmp_path: Path) -> None:
     ("mode", "reason"),
     [
         ("status", "HTTP 500: out of order"),
+        ("latin", 'HTTP 500: {"error": "d\ufffdsol\ufffd"}'),
         ("cut", "the stream was cut before its end"),
         ("silent", "no complete answer within 0.3 s"),
         ("hangup", "the server closed the connection before it answered"),
