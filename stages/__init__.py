@@ -10,6 +10,7 @@ _STAGES = {
     2: "stages.stage2_paged.engine",
     3: "stages.stage3_radix.engine",
     4: "stages.stage4_chunked.engine",
+    5: "stages.stage5_overlap.engine",
 }
 LATEST = max(_STAGES)
 

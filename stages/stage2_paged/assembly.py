@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from stages.stage1_naive.attention import QKV, rope_table
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.limits import Limits
 from stages.stage1_naive.model import Ops, Transformer
+from stages.stage1_naive.sampling import sample
 from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype
 from stages.stage2_paged.attention.backend import PagedAttention
 from stages.stage2_paged.attention.choice import choose, make_backend, pick_page_size
@@ -20,13 +22,14 @@ from stages.stage2_paged.inputs import Slots
 from stages.stage2_paged.kv_cache import PagedKVCache
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
-from stages.stage2_paged.runner import ModelRunner
-from stages.stage2_paged.sampler import Sampler
+from stages.stage2_paged.runner import ModelRunner, Runner
+from stages.stage2_paged.sampler import Draw, Sampler
 from stages.stage2_paged.scheduler import AnyScheduler
 
 logger = logging.getLogger(__name__)
 
 MakeScheduler = Callable[[RequestTable, int], AnyScheduler]
+MakeRunner = Callable[[Any, "Loaded", int], Runner]  # (config, model, pages)
 
 _ADVICE = "lower prefill_budget, max_rows or max_context"
 _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memory
@@ -99,22 +102,44 @@ def load(config: EngineConfig, ops: Ops = Ops()) -> Loaded:  # noqa: B008 (froze
     return Loaded(model, limits, attention, page_size, dtype, device)
 
 
-def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRunner:
-    """A cache of `num_pages`, and all that computes with it."""
-    model, device, page_size = loaded.model, loaded.device, loaded.page_size
-    cache = PagedKVCache(model.config, num_pages, page_size, loaded.dtype, device)
-    prefill, decode = (
-        make_backend(name, is_decode, cache, model.config)
-        for name, is_decode in zip(loaded.attention, (False, True), strict=True)
-    )
-    qkv = QKV(model.config, rope_table(model.config, loaded.limits.context_length, device))
-    sampler = Sampler(model.config.vocab_size, config.max_rows, device)
+@dataclass(frozen=True)
+class Parts:
+    """What runs a model beside the model: the cache, and the tables by slot."""
+
+    cache: PagedKVCache
+    rope: torch.Tensor  # [context, 2, head_dim]
+    sampler: Sampler
+    slots: Slots
+
+
+def make_parts(config: EngineConfig, loaded: Loaded, num_pages: int, draw: Draw = sample) -> Parts:
+    """A cache of `num_pages`, and tables for `max_rows`."""
+    model, device, page_size = loaded.model.config, loaded.device, loaded.page_size
+    cache = PagedKVCache(model, num_pages, page_size, loaded.dtype, device)
+    rope = rope_table(model, loaded.limits.context_length, device)
+    sampler = Sampler(model.vocab_size, config.max_rows, device, draw)
     max_pages = -(-loaded.limits.context_length // page_size)
     slots = Slots(config.max_rows, max_pages, page_size, num_pages, sampler, device)
-    return ModelRunner(model, PagedAttention(cache, prefill, decode, qkv), sampler, slots)
+    return Parts(cache, rope, sampler, slots)
 
 
-def measure_pages(config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler) -> int:
+def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRunner:
+    """A cache of `num_pages`, and all that computes with it."""
+    model, parts = loaded.model, make_parts(config, loaded, num_pages)
+    prefill, decode = (
+        make_backend(name, is_decode, parts.cache, model.config)
+        for name, is_decode in zip(loaded.attention, (False, True), strict=True)
+    )
+    attention = PagedAttention(parts.cache, prefill, decode, QKV(model.config, parts.rope))
+    return ModelRunner(model, attention, parts.sampler, parts.slots)
+
+
+def measure_pages(
+    config: EngineConfig,
+    loaded: Loaded,
+    make_scheduler: MakeScheduler,
+    make_runner: MakeRunner = make_runner,
+) -> int:
     """How many pages the cache gets: those asked for, or as many as fit besides the weights and a step.
 
     On a GPU the largest steps are run once, which also compiles their kernels, and what their peak leaves of
@@ -131,7 +156,7 @@ def measure_pages(config: EngineConfig, loaded: Loaded, make_scheduler: MakeSche
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats(loaded.device)
     try:
-        used = _run_largest_steps(config, loaded, make_scheduler) * per_page
+        used = _run_largest_steps(config, loaded, make_scheduler, make_runner) * per_page
     except torch.OutOfMemoryError as error:
         raise ValueError(f"the largest step does not fit into the GPU's memory; {_ADVICE}") from error
     peak = torch.cuda.max_memory_allocated(loaded.device) - used
@@ -152,7 +177,9 @@ def measure_pages(config: EngineConfig, loaded: Loaded, make_scheduler: MakeSche
     return num_pages
 
 
-def _run_largest_steps(config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler) -> int:
+def _run_largest_steps(
+    config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler, make_runner: MakeRunner
+) -> int:
     """Prefill and decode the longest prompts, then the most rows. Returns the pages that they had."""
     context, page_size = loaded.limits.context_length, loaded.page_size
     longest = max(1, context - 2)

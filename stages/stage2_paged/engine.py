@@ -4,7 +4,7 @@ from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
-from stages.stage2_paged.runner import ModelRunner
+from stages.stage2_paged.runner import Runner
 from stages.stage2_paged.scheduler import AnyScheduler, Scheduler
 
 __all__ = ["EngineConfig", "PagedEngine", "build"]
@@ -29,7 +29,7 @@ class PagedEngine:
     """Schedule a batch, run it, commit its tokens, and again."""
 
     def __init__(
-        self, table: RequestTable, scheduler: AnyScheduler, runner: ModelRunner, context_length: int
+        self, table: RequestTable, scheduler: AnyScheduler, runner: Runner, context_length: int
     ) -> None:
         self._table = table
         self._scheduler = scheduler

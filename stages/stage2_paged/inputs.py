@@ -57,10 +57,9 @@ class Slots:
         self._page_size = page_size
         self._sampler = sampler
         self._staging = _Staging(device)
-        self._page_table = torch.full(
-            (max_rows + 1, max_pages), padding_page, dtype=torch.int32, device=device
-        )
-        self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
+        shape = (max_rows + 1, max_pages)
+        self.page_table = torch.full(shape, padding_page, dtype=torch.int32, device=device)
+        self.newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
 
     def upload(self, batch: Batch) -> StepInputs:
         """Pack and copy one batch. Only a request that enters with penalties or a bias makes it wait."""
@@ -87,13 +86,13 @@ class Slots:
         ]
         (tokens, positions, token_slots, row_slots, kv_lengths, decode_starts, prefill_starts, sampled,
          samples, where, pages) = self._staging.copy(parts)  # fmt: skip
-        self._page_table.view(-1).index_copy_(0, where.long(), pages)
+        self.page_table.view(-1).index_copy_(0, where.long(), pages)
         token_slots, positions = token_slots.long(), positions.long()
-        page = self._page_table[token_slots, positions // self._page_size]
-        tables = self._page_table[row_slots.long(), : max(len(row.sequence.pages) for row in rows)]
+        page = self.page_table[token_slots, positions // self._page_size]
+        tables = self.page_table[row_slots.long(), : max(len(row.sequence.pages) for row in rows)]
         d = batch.num_decode
         return StepInputs(
-            token_ids=torch.where(tokens == _UNKNOWN, self._newest[token_slots], tokens.long()),
+            token_ids=torch.where(tokens == _UNKNOWN, self.newest[token_slots], tokens.long()),
             positions=positions,
             locations=page.long() * self._page_size + positions % self._page_size,
             num_decode=d,
@@ -105,11 +104,11 @@ class Slots:
 
     def remember(self, slots: Tensor, tokens: Tensor) -> None:
         """The newest tokens [S] of `slots` [S]. The next batch finds them there if the host is behind."""
-        self._newest.index_copy_(0, slots, tokens)
+        self.newest.index_copy_(0, slots, tokens)
 
     def _new_pages(self, rows: list[Row]) -> tuple[Ints, Ints]:
         """Where in the flat page table something changes, and the pages that go there."""
-        width = self._page_table.shape[1]
+        width = self.page_table.shape[1]
         changes = [
             (row.slot * width + i, row.sequence.pages[i])
             for row in rows

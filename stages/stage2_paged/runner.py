@@ -1,11 +1,13 @@
 """From a batch to its tokens: upload, forward, sample, and a result that is there when it is waited for."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from stages.stage1_naive.model import Transformer
 from stages.stage1_naive.sampling import Sampled
-from stages.stage2_paged.attention.backend import PagedAttention
+from stages.stage2_paged.attention.backend import StepAttention
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.inputs import Slots
 from stages.stage2_paged.request_table import SampledToken
@@ -46,10 +48,17 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
-class ModelRunner:
-    """Computes batches, in the order in which they are launched."""
+class Runner(Protocol):
+    """Computes batches, in the order in which they are launched. Stage 5 swaps it."""
 
-    def __init__(self, model: Transformer, attention: PagedAttention, sampler: Sampler, slots: Slots) -> None:
+    def launch(self, batch: Batch) -> Pending:
+        """Queue a batch on the device and return at once."""
+
+
+class ModelRunner:
+    """Launches the model's operations one by one."""
+
+    def __init__(self, model: Transformer, attention: StepAttention, sampler: Sampler, slots: Slots) -> None:
         self._model = model
         self._attention = attention
         self._sampler = sampler
@@ -57,7 +66,6 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Pending:
-        """Queue a batch on the device and return at once."""
         step = self._slots.upload(batch)
         self._attention.plan(step)
         hidden = self._model.hidden(step.token_ids, step.positions, self._attention)  # [T, H]

@@ -1,5 +1,6 @@
 """Stage 1's sampling for whole batches: parameters by slot, so that a step packs one row of numbers each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from stages.stage2_paged.batch import Row, Sequence
 _INTS = ("slot", "position", "seed_low", "seed_high", "top_k")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 _COLUMNS = len(_INTS) + len(_FLOATS)
+
+Draw = Callable[[Tensor, SamplingBatch], Sampled]  # a token for each row of logits [S, V]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class Sampler:
     Tables as wide as the vocabulary exist only from the first request on that asks for a penalty or a bias.
     """
 
-    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+    columns = _COLUMNS
+
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device, draw: Draw = sample) -> None:
+        self._draw = draw
         self._vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
@@ -96,7 +102,7 @@ class Sampler:
 
     def sample(self, logits: Tensor, inputs: SampleInputs) -> Sampled:
         """One token for each row of `logits` [S, V]."""
-        sampled = sample(logits, inputs.batch)
+        sampled = self._draw(logits, inputs.batch)
         if inputs.batch.penalties is not None and self._counts is not None:
             # A slot appears once, so no two rows write the same. A row that is discarded later counts too:
             # by then its slot is free, and whoever enters it is launched after this.

@@ -22,6 +22,16 @@ class AttentionBackend(Protocol):
         all of its cache, the one before it a token less."""
 
 
+class StepAttention(Protocol):
+    """The model's `attend`, once it knows the step."""
+
+    def plan(self, step: StepInputs) -> None:
+        """Once a step, before the model runs."""
+
+    def __call__(self, layer: Layer, qkv: Tensor, positions: Tensor) -> Tensor:
+        """`qkv` [T, (N + 2K) * D] -> [T, N * D]."""
+
+
 class PagedAttention:
     """The model's `attend`: prepare q, k and v, store k and v in their pages, attend over the pages.
 
@@ -38,7 +48,6 @@ class PagedAttention:
         self._step: StepInputs | None = None
 
     def plan(self, step: StepInputs) -> None:
-        """Once a step, before the model runs."""
         self._step = step
         if step.decode is not None:
             self._decode.plan(step.decode)
@@ -46,7 +55,6 @@ class PagedAttention:
             self._prefill.plan(step.prefill)
 
     def __call__(self, layer: Layer, qkv: Tensor, positions: Tensor) -> Tensor:
-        """`qkv` [T, (N + 2K) * D] -> [T, N * D]."""
         step = self._step
         assert step is not None, "plan comes before the model"
         q, k, v = self._prepare(layer, qkv, positions)

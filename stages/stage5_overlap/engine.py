@@ -1,0 +1,145 @@
+"""Stage 5, assembled: stage 4's engine, one batch ahead of its own tokens."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from stages.interface import Engine, Request, Statistics, TokenOutput
+from stages.stage1_naive.attention import QKV
+from stages.stage1_naive.sampling import sample
+from stages.stage2_paged.assembly import Loaded, cap_context, load, make_parts, measure_pages
+from stages.stage2_paged.attention.choice import make_backend
+from stages.stage2_paged.batch import Batch
+from stages.stage2_paged.engine import PagedEngine
+from stages.stage2_paged.request_table import RequestTable
+from stages.stage2_paged.runner import ModelRunner, Pending, Runner
+from stages.stage2_paged.sampler import Draw
+from stages.stage2_paged.scheduler import AnyScheduler
+from stages.stage3_radix.prefix_cache import RadixPrefixCache
+from stages.stage4_chunked import engine as stage4
+from stages.stage4_chunked.scheduler import ChunkedScheduler
+from stages.stage5_overlap.fused import (
+    KERNELS,
+    FusedAttention,
+    choose_kernels,
+    has_dependent_launch,
+    make_ops,
+    plain_preparation,
+)
+from stages.stage5_overlap.graph_runner import GraphRunner, graph_sizes
+from stages.stage5_overlap.trace import trace_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(stage4.EngineConfig):
+    """As before; with a larger budget, as launches no longer wait for Python."""
+
+    prefill_budget: int = field(
+        default=16_384,
+        metadata={"help": "tokens that a step computes: one for each running request, the rest of prompts"},
+    )
+    overlap: bool = field(
+        default=True, metadata={"help": "launch the next batch before the tokens of this one are read"}
+    )
+    graphs: bool = field(default=True, metadata={"help": "replay decode steps as CUDA graphs"})
+    fused: str = field(
+        default="all",
+        metadata={"help": f"kernels: all, none, or some of {','.join(KERNELS)}; -NAMES for all but these"},
+    )
+    trace: str | None = field(
+        default=None, metadata={"help": "write what the first steps did there, for https://ui.perfetto.dev"}
+    )
+
+
+def build(config: EngineConfig) -> Engine:
+    """Load the model, measure the room for pages, capture the graphs, and assemble the engine.
+
+    Raises:
+        ValueError: the model or the configuration cannot be served; the message says why.
+    """
+    loaded = load(config)
+    fused = choose_kernels(config.fused, loaded.model.config, loaded.device, loaded.dtype)
+    loaded = replace(loaded, model=replace(loaded.model, ops=make_ops(fused)))
+    make = partial(make_runner, fused=fused)
+    largest_graph = [config.max_rows]  # the others share its memory
+    num_pages = measure_pages(config, loaded, ChunkedScheduler, partial(make, sizes=largest_graph))
+    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
+    cache = RadixPrefixCache(loaded.page_size)
+    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    scheduler = ChunkedScheduler(table, config.prefill_budget)
+    runner = make(config, loaded, num_pages, sizes=graph_sizes(config.max_rows))
+    kind = OverlapEngine if config.overlap else PagedEngine
+    engine = kind(table, scheduler, runner, limits.context_length)
+    return trace_engine(engine, Path(config.trace)) if config.trace else engine
+
+
+def make_runner(
+    config: EngineConfig, loaded: Loaded, num_pages: int, fused: frozenset[str], sizes: list[int]
+) -> Runner:
+    """A cache of `num_pages`, all that computes with it, and graphs of `sizes` rows where there can be."""
+    model, pdl = loaded.model, has_dependent_launch()
+    draw: Draw = sample
+    if "sampling" in fused:
+        from stages.stage5_overlap.kernels import sampling
+
+        draw = partial(sampling.sample, pdl=pdl)
+    parts = make_parts(config, loaded, num_pages, draw)
+    prepare, decode = plain_preparation(parts.cache, QKV(model.config, parts.rope)), None
+    if "prepare" in fused:
+        from stages.stage5_overlap.kernels.attention import Preparation
+
+        prepare = Preparation(parts.cache, model.config, parts.rope, pdl)
+    if "decode" in fused:
+        from stages.stage5_overlap.kernels.attention import DecodeAttention
+
+        decode = DecodeAttention(parts.cache, model.config, parts.rope, config.max_rows, pdl)
+    backends = [
+        make_backend(name, is_decode, parts.cache, model.config)
+        for name, is_decode in zip(loaded.attention, (False, True), strict=True)
+        if decode is None or not is_decode
+    ]
+    attention = FusedAttention(prepare, backends[0], decode or backends[1])
+    eager = ModelRunner(model, attention, parts.sampler, parts.slots)
+    if decode is None or not config.graphs:
+        return eager
+    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes)
+
+
+class OverlapEngine:
+    """Schedule and launch a batch, then commit the one before: while Python works, so does the GPU.
+
+    A request is found to have ended one step late, and its row of the batch under way is dropped when that is
+    committed. Nothing else changes: the scheduler never asks what the newest token is.
+    """
+
+    def __init__(
+        self, table: RequestTable, scheduler: AnyScheduler, runner: Runner, context_length: int
+    ) -> None:
+        self._table = table
+        self._scheduler = scheduler
+        self._runner = runner
+        self._context_length = context_length
+        self._under_way: tuple[Batch, Pending] | None = None
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def has_work(self) -> bool:
+        return self._table.has_work or self._under_way is not None
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._table.statistics
+
+    def add(self, request: Request) -> None:
+        self._table.add(request)
+
+    def abort(self, request_id: str) -> None:
+        self._table.abort(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        batch, before = self._scheduler.schedule(), self._under_way
+        self._under_way = (batch, self._runner.launch(batch)) if batch else None
+        return self._table.commit(before[0], before[1].wait()) if before else []

@@ -1,0 +1,143 @@
+"""Decode steps as CUDA graphs: hundreds of kernels that one call launches."""
+
+import bisect
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.stage1_naive.model import Layer, Transformer
+from stages.stage1_naive.sampling import Sampled
+from stages.stage2_paged.batch import Batch, Row
+from stages.stage2_paged.inputs import Slots
+from stages.stage2_paged.runner import ModelRunner, Pending
+from stages.stage2_paged.sampler import Sampler
+from stages.stage5_overlap.fused import Decode
+
+logger = logging.getLogger(__name__)
+
+_OWN = 3  # columns of a row before the sampler's: token, new page's index, new page
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step of R rows, the places it reads from and the places it writes to."""
+
+    graph: torch.cuda.CUDAGraph
+    packed: Tensor  # [columns, R] int32
+    logits: Tensor  # [R, V]
+    tokens: Tensor  # [R] int64
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """The numbers of rows that are captured: a batch is padded to the next, by at most 15 rows of many."""
+    return sorted({size for size in (1, 2, 4, 8, *range(16, max_rows, 16)) if size < max_rows} | {max_rows})
+
+
+class GraphRunner:
+    """Replays a graph for batches of decode rows, and leaves the others to `eager`.
+
+    A graph repeats the same kernels on the same addresses, so a batch is padded to a captured size: padding
+    rows belong to the slot beyond the last, whose pages are all the cache's padding page.
+    """
+
+    def __init__(
+        self,
+        eager: ModelRunner,
+        model: Transformer,
+        decode: Decode,
+        sampler: Sampler,
+        slots: Slots,
+        sizes: list[int],
+    ) -> None:
+        self._eager = eager
+        self._model = model
+        self._decode = decode
+        self._sampler = sampler
+        self._slots = slots
+        self._sizes = sizes
+        self._padding = len(slots.newest) - 1
+        self._pool = torch.cuda.graph_pool_handle()
+        columns = _OWN + sampler.columns
+        self._staging = [torch.zeros(columns * sizes[-1], dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
+        self._turn = 0
+        start = time.perf_counter()
+        largest_first = tqdm(sizes[::-1], desc="capturing CUDA graphs", unit="graph", disable=len(sizes) == 1)
+        self._graphs = {size: self._capture(size) for size in largest_first}
+        logger.info("captured %d CUDA graphs in %.1f s", len(sizes), time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Pending:
+        rows = batch.rows
+        if batch.num_decode < len(rows) or len(rows) > self._sizes[-1]:
+            return self._eager.launch(batch)
+        graph = self._graphs[self._sizes[bisect.bisect_left(self._sizes, len(rows))]]
+        self._upload(rows, graph.packed)
+        graph.graph.replay()
+        if all(_is_plain(row) for row in rows):
+            return Pending(batch, Sampled(graph.tokens[: len(rows)]))
+        inputs = self._sampler.unpack(rows, graph.packed[_OWN:, : len(rows)].reshape(-1))
+        sampled = self._sampler.sample(graph.logits[: len(rows)], inputs)
+        self._slots.remember(inputs.slots, sampled.tokens)
+        return Pending(batch, sampled)
+
+    def _upload(self, rows: list[Row], packed: Tensor) -> None:
+        """Pack rows and padding, and copy them to where the graph reads. Waits for the copy before last."""
+        self._turn = 1 - self._turn
+        self._copied[self._turn].synchronize()
+        staged = self._staging[self._turn][: packed.numel()].view(packed.shape)
+        self._pack(rows, staged)
+        packed.copy_(staged, non_blocking=True)
+        self._copied[self._turn].record()
+
+    def _pack(self, rows: list[Row], staged: Tensor) -> None:
+        columns, count = staged.numpy(), len(rows)
+        columns[:, count:] = 0
+        columns[1, count:] = -1
+        columns[_OWN, count:] = self._padding
+        columns[_OWN + 1, count:] = 1
+        for i, row in enumerate(rows):
+            tokens, pages, index = row.sequence.tokens, row.sequence.pages, row.first_new_page
+            columns[0, i] = tokens[row.start] if row.start < len(tokens) else -1
+            columns[1:_OWN, i] = (index, pages[index]) if index < len(pages) else (-1, 0)
+        columns[_OWN:, :count] = self._sampler.pack(rows).reshape(self._sampler.columns, count)
+
+    @torch.inference_mode()
+    def _capture(self, size: int) -> _Graph:
+        packed = self._staging[0][: (_OWN + self._sampler.columns) * size].view(-1, size)
+        self._pack([], packed)
+        packed = packed.to(self._slots.newest.device)
+        self._step(packed)  # compiles what is not compiled
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits, tokens = self._step(packed)
+        return _Graph(graph, packed, logits, tokens)
+
+    def _step(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of as many rows as `packed` [columns, R] has: logits [R, V] and tokens [R]."""
+        from stages.stage5_overlap.kernels.rows import unpack
+
+        slots = self._slots
+        token_ids = packed.new_empty(packed.shape[1], dtype=torch.int64)
+        positions = torch.empty_like(token_ids)
+        unpack(packed, slots.page_table, slots.newest, token_ids, positions)
+
+        def attend(layer: Layer, qkv: Tensor, positions: Tensor) -> Tensor:
+            return self._decode(layer, qkv, positions, slots.page_table, packed[_OWN])
+
+        logits = self._model.logits(self._model.hidden(token_ids, positions, attend))
+        inputs = self._sampler.unpack([], packed[_OWN:].reshape(-1))
+        sampled = self._sampler.sample(logits, inputs)
+        slots.remember(inputs.slots, sampled.tokens)
+        return logits, sampled.tokens
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether the token that the graph drew is right: it knows temperatures and seeds alone."""
+    params = row.sequence.request.params
+    return not (params.has_penalties or params.logit_bias or params.has_filters) and params.logprobs is None
