@@ -9,6 +9,7 @@ from minisgl.bench import compare, radix
 _COMMANDS = {
     "offline": "named workloads in this process, each beside the machine's limit",
     "stages": "the same workload through every stage",
+    "ablate": "stage 5 with one part taken out at a time",
     "online": "load on any OpenAI-compatible server",
     "radix": "the radix tree alone",
     "compare": "two result files side by side",
@@ -40,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    if name in ("offline", "stages"):  # imported late: they need torch
+    if name in ("offline", "stages", "ablate"):  # imported late: they need torch
         from minisgl.bench import offline
 
-        offline.add_arguments(parser, rest, every_stage=name == "stages")
-        args = parser.parse_args(rest)
-        return offline.run_offline(args) if name == "offline" else offline.run_stages(args)
+        offline.add_arguments(parser, rest, name)
+        run = {"offline": offline.run_offline, "stages": offline.run_stages, "ablate": offline.run_ablate}
+        return run[name](parser.parse_args(rest))
     if name == "online":
         from minisgl.bench import online
 

@@ -5,7 +5,13 @@ from pathlib import Path
 
 from minisgl.bench.record import Json, load
 
-_KEYS = ("workload", "stage", "prompt_tokens", "run")  # what makes two results the same measurement
+_KEYS = (
+    "workload",
+    "stage",
+    "variant",
+    "prompt_tokens",
+    "run",
+)  # what makes two results the same measurement
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

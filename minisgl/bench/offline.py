@@ -23,12 +23,28 @@ from stages import LATEST, load_stage
 from stages.interface import Engine
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.weights import pick_device, pick_dtype
+from stages.stage5_overlap.fused import KERNELS
+
+_WHOLE = "everything"
+# what each variant changes in stage 5's configuration
+ABLATIONS: dict[str, dict[str, object]] = {
+    _WHOLE: {},
+    "radix": {"radix": False},
+    "chunks": {"prefill_budget": 131_072},  # no prompt is cut
+    "overlap": {"overlap": False},
+    "graphs": {"graphs": False},
+    "overlap-and-graphs": {"overlap": False, "graphs": False},
+    **{f"fused-{name}": {"fused": f"-{name}"} for name in KERNELS},
+    "every-fused": {"fused": "none"},
+    **{f"all-but-{name}": {"attention": name} for name in ("flash_attn", "flashinfer", "torch")},
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], every_stage: bool) -> None:
-    """The flags of `offline`, or of `stages`. The engine's own flags are the chosen stage's."""
+def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], command: str) -> None:
+    """The flags of `offline`, `stages` or `ablate`. The engine's own flags are the chosen stage's."""
+    every_stage, ablate = command == "stages", command == "ablate"
     add_engine_arguments(parser, argv)
-    names = [*BATCHES, *([] if every_stage else STORIES)]
+    names = [*BATCHES, *(STORIES if command == "offline" else [])]
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this model's shape, not MODEL")
     parser.add_argument(
         "--workload",
@@ -38,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], every_st
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
+    if ablate:
+        choices = [name for name, changes in ABLATIONS.items() if changes]
+        parser.add_argument(
+            "--without", action="append", choices=choices, help="what to take out (default: each in turn)"
+        )
     if every_stage:
         parser.add_argument(
             "--stages", default=",".join(map(str, range(1, LATEST + 1))), help="which (default: all)"
@@ -70,6 +91,28 @@ def run_stages(args: argparse.Namespace) -> int:
     return status
 
 
+def run_ablate(args: argparse.Namespace) -> int:
+    """Stage 5 whole, and with one part taken out at a time."""
+    results, refused = [], list[str]()
+    names = args.workload or ["offline", "one"]
+    with _model(args) as folder:
+        bench = _Bench(args, folder)
+        for variant, changes in ABLATIONS.items():
+            if args.without and variant not in args.without and changes:
+                continue
+            try:
+                results += bench.measure(5, names, variant, **changes)
+            except ValueError as error:  # a backend that is not here, a kernel that this GPU cannot run
+                refused.append(f"{variant}: {error}")
+    whole = {r["workload"]: r["seconds"] for r in results if r["variant"] == _WHOLE and "seconds" in r}
+    print(f"\ntime in units of the whole engine's\n{'':<24}" + "".join(f"{name:>14}" for name in names))
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        mine = [r for r in results if r["variant"] == variant and r["workload"] in whole]
+        print(f"{variant:<24}" + "".join(f"{r['seconds'] / whole[r['workload']]:>14.2f}" for r in mine))
+    print("\n".join(["", *(f"not measured: {reason}" for reason in refused)]))
+    return _finish(args, results)
+
+
 @contextmanager
 def _model(args: argparse.Namespace) -> Iterator[Path]:
     if args.repeats < 1:
@@ -96,9 +139,14 @@ class _Bench:
         copied, product = self._machine.bandwidth / 1e9, self._machine.flops / 1e12
         print(f"this machine copies {copied:,.0f} GB/s and multiplies {product:,.1f} TFLOP/s")
 
-    def measure(self, stage: int, names: list[str]) -> list[Json]:
-        """The results of `names`, printed one by one. Memory is free again on return."""
-        engine = self._build(stage)
+    def measure(
+        self, stage: int, names: list[str], variant: str | None = None, **changes: object
+    ) -> list[Json]:
+        """The results of `names`, printed one by one. Memory is free again on return.
+
+        `changes` are fields of the engine's configuration that make it `variant`.
+        """
+        engine = self._build(stage, changes)
         draw = Draw(stage, self._config.vocab_size)
         for i in range(4):  # warm-up: kernels are compiled and memory is taken
             add(engine, str(i), draw.tokens(64), 8)
@@ -107,21 +155,21 @@ class _Bench:
         for name in names:
             measured = self._batch if name in BATCHES else self._story
             for result in measured(engine, draw, name):
-                results.append({"stage": stage, **result})
+                results.append({"stage": stage} | ({"variant": variant} if variant else {}) | result)
                 print(_line(results[-1]), flush=True)
         del engine
         gc.collect()
         torch.cuda.empty_cache()
         return results
 
-    def _build(self, stage: int) -> Engine:
+    def _build(self, stage: int, changes: dict[str, object]) -> Engine:
         module = load_stage(stage)
         known = {field.name for field in fields(module.EngineConfig)} - {"model"}
         given = {name: value for name, value in vars(self._args).items() if name in known}
         if stage != self._args.stage:  # flags that were not given have the defaults of another stage
             defaults = {f.name: f.default for f in fields(load_stage(self._args.stage).EngineConfig)}
             given = {name: value for name, value in given.items() if value != defaults[name]}
-        return module.build(module.EngineConfig(model=str(self._folder), **given))
+        return module.build(module.EngineConfig(model=str(self._folder), **(given | changes)))
 
     def _batch(self, engine: Engine, draw: Draw, name: str) -> Iterator[Json]:
         batch, runs, limits = BATCHES[name], list[Json](), list[float]()
@@ -151,7 +199,7 @@ class _Bench:
 
 
 def _line(result: Json) -> str:
-    head = f"stage {result['stage']}  {result['workload']:<58}"
+    head = f"{result.get('variant', 'stage ' + str(result['stage'])):<18}  {result['workload']:<58}"
     if "of_limit" in result:
         return (
             f"{head}{result['seconds']:>10.3f} s {result['tokens_per_second']:>10,.0f} tok/s"

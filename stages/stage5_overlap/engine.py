@@ -11,6 +11,7 @@ from stages.stage2_paged.assembly import Loaded, cap_context, load, make_parts, 
 from stages.stage2_paged.attention.choice import make_backend
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.engine import PagedEngine
+from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.runner import ModelRunner, Pending, Runner
 from stages.stage2_paged.sampler import Draw
@@ -38,13 +39,18 @@ class EngineConfig(stage4.EngineConfig):
         default=16_384,
         metadata={"help": "tokens that a step computes: one for each running request, the rest of prompts"},
     )
+    radix: bool = field(
+        default=True, metadata={"help": "keep what was computed, for prompts that begin alike"}
+    )
     overlap: bool = field(
         default=True, metadata={"help": "launch the next batch before the tokens of this one are read"}
     )
     graphs: bool = field(default=True, metadata={"help": "replay decode steps as CUDA graphs"})
     fused: str = field(
         default="all",
-        metadata={"help": f"kernels: all, none, or some of {','.join(KERNELS)}; -NAMES for all but these"},
+        metadata={
+            "help": f"kernels: all, none, or some of {','.join(KERNELS)}; --fused=-NAMES for all but these"
+        },
     )
     trace: str | None = field(
         default=None, metadata={"help": "write what the first steps did there, for https://ui.perfetto.dev"}
@@ -64,7 +70,7 @@ def build(config: EngineConfig) -> Engine:
     largest_graph = [config.max_rows]  # the others share its memory
     num_pages = measure_pages(config, loaded, ChunkedScheduler, partial(make, sizes=largest_graph))
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
-    cache = RadixPrefixCache(loaded.page_size)
+    cache = RadixPrefixCache(loaded.page_size) if config.radix else NoPrefixCache()
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
     scheduler = ChunkedScheduler(table, config.prefill_budget)
     runner = make(config, loaded, num_pages, sizes=graph_sizes(config.max_rows))

@@ -277,3 +277,19 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert caught.value.code == 0
         assert "usage: python -m minisgl.bench " + command in capsys.readouterr().out
+
+
+def test_ablate_takes_out_a_part_at_a_time(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ablate.json"
+    flags = ["--workload", "tiny", "--repeats", "1", "--device", "cpu", "--page-size", "16"]
+    wanted = ["radix", "overlap", "chunks", "all-but-torch", "all-but-flashinfer"]
+    without = [flag for name in wanted for flag in ("--without", name)]
+    status, out, _ = run(capsys, "ablate", checkpoint("qwen3"), *flags, *without, "--out", file)
+    assert status == 0
+    results = {result["variant"]: result for result in json.loads(file.read_text())["results"]}
+    assert [*results] == ["everything", "radix", "chunks", "overlap", "all-but-torch"]
+    assert results["radix"]["hit_rate"] == 0 < results["everything"]["hit_rate"]
+    assert "not measured: all-but-flashinfer: attention backend flashinfer needs" in out
+    assert len([line for line in out.splitlines() if line.split()[:1] == ["everything"]]) == 2

@@ -110,7 +110,7 @@ def _gumbel_noise(low, high, position, tokens):
     bits = _mix(_mix(tokens ^ first) ^ second)
     uniform = (((bits >> 1) & 0x7FFFFFFF).to(tl.float32) + 0.5) * 2.0**-31
     uniform = tl.minimum(uniform, 1 - 2.0**-24)
-    return -tl.log(-libdevice.log1p(-uniform))  # the GPU's own logarithm is too rough near 1
+    return -tl.log(-libdevice.log1p(-uniform))  # exact where it matters, at the large noises
 
 
 @triton.jit
