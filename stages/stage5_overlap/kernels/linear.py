@@ -42,6 +42,8 @@ def _shape(rows: int, size: int, depth: int, gated: bool) -> tuple[int, int, int
         return (8, 4, 64, 4, 3) if size <= 2048 else (8, 1, 256, 1, 3) if gated else (16, 2, 128, 2, 3)
     if gated and size > 8192:
         return 1, 1, 2048, 2, 2
+    if size > 2048 and depth <= 2048 and not gated:
+        return 4, 1, min(1024, triton.next_power_of_2(depth)), 2, 2
     if size > 2048:
         return 8, 1, min(512, triton.next_power_of_2(depth)), 4, 2
     return 2, 1, min(2048, triton.next_power_of_2(depth)), 4, 2
