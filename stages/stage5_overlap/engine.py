@@ -67,22 +67,19 @@ def build(config: EngineConfig) -> Engine:
     fused = choose_kernels(config.fused, loaded.model.config, loaded.device, loaded.dtype)
     loaded = replace(loaded, model=replace(loaded.model, ops=make_ops(fused)))
     make = partial(make_runner, fused=fused)
-    largest_graph = [config.max_rows]  # the others share its memory
-    num_pages = measure_pages(config, loaded, ChunkedScheduler, partial(make, sizes=largest_graph))
+    num_pages = measure_pages(config, loaded, ChunkedScheduler, make)  # with the graphs, which take memory
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size) if config.radix else NoPrefixCache()
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
     scheduler = ChunkedScheduler(table, config.prefill_budget)
-    runner = make(config, loaded, num_pages, sizes=graph_sizes(config.max_rows))
+    runner = make(config, loaded, num_pages)
     kind = OverlapEngine if config.overlap else PagedEngine
     engine = kind(table, scheduler, runner, limits.context_length)
     return trace_engine(engine, Path(config.trace)) if config.trace else engine
 
 
-def make_runner(
-    config: EngineConfig, loaded: Loaded, num_pages: int, fused: frozenset[str], sizes: list[int]
-) -> Runner:
-    """A cache of `num_pages`, all that computes with it, and graphs of `sizes` rows where there can be."""
+def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int, fused: frozenset[str]) -> Runner:
+    """A cache of `num_pages`, all that computes with it, and graphs where there can be."""
     model, pdl = loaded.model, has_dependent_launch()
     draw: Draw = sample
     if "sampling" in fused:
@@ -108,7 +105,7 @@ def make_runner(
     eager = ModelRunner(model, attention, parts.sampler, parts.slots)
     if decode is None or not config.graphs:
         return eager
-    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes)
+    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, graph_sizes(config.max_rows))
 
 
 class OverlapEngine:

@@ -66,7 +66,7 @@ class GraphRunner:
         self._copied = [torch.cuda.Event() for _ in range(2)]
         self._turn = 0
         start = time.perf_counter()
-        largest_first = tqdm(sizes[::-1], desc="capturing CUDA graphs", unit="graph", disable=len(sizes) == 1)
+        largest_first = tqdm(sizes[::-1], desc="capturing CUDA graphs", unit="graph")
         self._graphs = {size: self._capture(size) for size in largest_first}
         logger.info("captured %d CUDA graphs in %.1f s", len(sizes), time.perf_counter() - start)
 
