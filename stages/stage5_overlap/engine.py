@@ -105,7 +105,8 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int, fused: fro
     eager = ModelRunner(model, attention, parts.sampler, parts.slots)
     if decode is None or not config.graphs:
         return eager
-    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, graph_sizes(config.max_rows))
+    sizes = graph_sizes(config.max_rows)
+    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes, fused)
 
 
 class OverlapEngine:

@@ -15,7 +15,7 @@ from stages.stage2_paged.batch import Batch, Row
 from stages.stage2_paged.inputs import Slots
 from stages.stage2_paged.runner import ModelRunner, Pending
 from stages.stage2_paged.sampler import Sampler
-from stages.stage5_overlap.fused import Decode
+from stages.stage5_overlap.fused import Decode, has_dependent_launch, hidden_of_few
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class GraphRunner:
         sampler: Sampler,
         slots: Slots,
         sizes: list[int],
+        fused: frozenset[str],
     ) -> None:
         self._eager = eager
         self._model = model
@@ -59,6 +60,7 @@ class GraphRunner:
         self._sampler = sampler
         self._slots = slots
         self._sizes = sizes
+        self._fused = fused
         self._padding = len(slots.newest) - 1
         self._pool = torch.cuda.graph_pool_handle()
         columns = _OWN + sampler.columns
@@ -120,17 +122,30 @@ class GraphRunner:
 
     def _step(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """One step of as many rows as `packed` [columns, R] has: logits [R, V] and tokens [R]."""
+        from stages.stage5_overlap.kernels.linear import MOST_ROWS
         from stages.stage5_overlap.kernels.rows import unpack
 
-        slots = self._slots
-        token_ids = packed.new_empty(packed.shape[1], dtype=torch.int64)
+        slots, rows, pdl = self._slots, packed.shape[1], has_dependent_launch()
+        token_ids = packed.new_empty(rows, dtype=torch.int64)
         positions = torch.empty_like(token_ids)
         unpack(packed, slots.page_table, slots.newest, token_ids, positions)
 
         def attend(layer: Layer, qkv: Tensor, positions: Tensor) -> Tensor:
             return self._decode(layer, qkv, positions, slots.page_table, packed[_OWN])
 
-        logits = self._model.logits(self._model.hidden(token_ids, positions, attend))
+        most = MOST_ROWS if self._model.config.hidden_size <= 2048 else 1
+        if rows <= most and "layer" in self._fused:
+            hidden = hidden_of_few(self._model, token_ids, positions, attend, pdl)
+        else:
+            hidden = self._model.hidden(token_ids, positions, attend)
+        logits = self._model.logits(hidden)
+        if "sampling" in self._fused:
+            from stages.stage5_overlap.kernels.sampling import draw
+
+            slot, position, low, high, _, heat = packed[_OWN : _OWN + 6]
+            tokens = torch.empty_like(token_ids)
+            draw(logits, heat.view(torch.float32), low, high, position, None, tokens, slots.newest, slot, pdl)
+            return logits, tokens
         inputs = self._sampler.unpack([], packed[_OWN:].reshape(-1))
         sampled = self._sampler.sample(logits, inputs)
         slots.remember(inputs.slots, sampled.tokens)

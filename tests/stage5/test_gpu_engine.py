@@ -96,12 +96,15 @@ def test_a_replay_is_the_eager_step_at_every_size(model: Path) -> None:
 
 
 def test_sampled_tokens_do_not_depend_on_graphs_or_overlap(model: Path) -> None:
-    """Seeded sampling from graphs of one size, replayed late, and from eager steps of that size."""
+    """Seeded sampling from graphs of one size, replayed late, and from eager steps of that size (which have
+    no kernels for a whole layer)."""
     params = SamplingParams(temperature=0.9, max_tokens=60, ignore_eos=True)
     requests = [Request(str(i), [i + 1, 2, 3], params, seed=i) for i in range(16)]
     said = []
     for overlap, graphs in ((True, True), (False, True), (True, False)):
-        engine = make(model, max_rows=16, overlap=overlap, graphs=graphs)
+        engine = make(
+            model, max_rows=16, overlap=overlap, graphs=graphs, fused="-layer"
+        )  # graphs alone have it
         for request in requests:
             engine.add(request)
         outputs: dict[str, list[int]] = {}

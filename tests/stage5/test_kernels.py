@@ -86,6 +86,22 @@ def test_gated_linear(rows: int, size: int, depth: int) -> None:
     torch.testing.assert_close(linear(x, weight, None, PDL, gated=True), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, 20])
+@pytest.mark.parametrize(("size", "depth"), [(64, 64), (5, 1100), (2100, 130), (40, 5000)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_linear_that_normalises_and_adds(rows: int, size: int, depth: int, gated: bool) -> None:
+    x, weight = random(rows, depth, scale=3.0), random(size * (1 + gated), depth, scale=depth**-0.5)
+    norm_weight, stream = random(depth), random(rows, size)
+    product = torch.nn.functional.linear(plain.rms_norm(x, norm_weight, 1e-6), weight)
+    if gated:
+        gate, up = product.chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate) * up
+    expected = stream + product
+    result = linear(x, weight, None, PDL, gated, (norm_weight, 1e-6), onto=stream)
+    assert result is stream
+    torch.testing.assert_close(stream, expected, rtol=0.02, atol=0.06 if CUDA else 1e-4)
+
+
 SHAPES = [(4, 2, 16, True), (2, 2, 64, False), (10, 2, 32, True), (16, 1, 16, False)]
 
 

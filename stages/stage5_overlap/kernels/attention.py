@@ -16,8 +16,7 @@ from stages.stage1_naive.model import Layer
 from stages.stage2_paged.kv_cache import PagedKVCache
 from stages.stage5_overlap.kernels.elementwise import begin, fetch
 
-_LEAST = 64  # tokens in a split: less is not worth a block
-_MOST = 64  # splits of a row
+_MOST = 32  # splits of a row
 _HEADS = 8  # that one block prepares
 
 
@@ -69,30 +68,32 @@ class DecodeAttention:
         c, cache, rows = self._config, self._cache, len(qkv)
         out = qkv.new_empty(rows, c.num_heads * c.head_dim)
         splits, group = self._splits(rows), c.num_heads // c.num_kv_heads
-        tile, warps, stages, _ = _shape(rows)
+        least = min(1024, max(128, 2 * rows * c.num_kv_heads))  # tokens that are worth a block
+        tile, stages, early, join = _shape(rows)
         _decode[(c.num_kv_heads, rows, splits)](
             qkv, layer.q_norm, layer.k_norm, self._rope, positions, slots, table,
             cache.keys[layer.index], cache.values[layer.index], out,
             self._parts, self._scales, self._finished,
-            qkv.stride(0), table.stride(0), splits, c.norm_eps, c.head_dim**-0.5 * 1.4426950408889634,
-            G=group, ROWS=max(16, triton.next_power_of_2(group)), K=c.num_kv_heads, D=c.head_dim,
-            PAGE=cache.page_size, TILE=tile, LEAST=_LEAST, NORM=layer.q_norm is not None,
-            PDL=self._pdl, num_warps=warps, num_stages=stages, launch_pdl=self._pdl,
+            qkv.stride(0), table.stride(0), splits, least, c.norm_eps, c.head_dim**-0.5 * 1.4426950408889634,
+            G=group, GROUP=triton.next_power_of_2(group), ROWS=max(16, triton.next_power_of_2(group)),
+            JOIN=max(join, triton.next_power_of_2(group)), K=c.num_kv_heads, D=c.head_dim,
+            PAGE=cache.page_size, TILE=tile, EARLY=early, NORM=layer.q_norm is not None,
+            PDL=self._pdl, num_warps=4, num_stages=stages, launch_pdl=self._pdl,
         )  # fmt: skip
         return out
 
     def _splits(self, rows: int) -> int:
-        """Into how many parts a row is cut: few rows must fill the GPU, and many must end together."""
-        blocks = _shape(rows)[3] * self._sms
+        """Into how many parts a long row is cut: few rows must fill the GPU, and many must end together."""
+        blocks = (8 if rows <= 32 else 4) * self._sms
         return max(1, min(_MOST, -(-blocks // (rows * self._config.num_kv_heads))))
 
 
-def _shape(rows: int) -> tuple[int, int, int, int]:
-    """Tokens at a time, warps, stages of the pipeline, and blocks for each multiprocessor: as measured on an
-    H200, where each of the three wins by a tenth or more over the others."""
-    if rows <= 16:
-        return 128, 8, 1, 8
-    return (64, 4, 2, 2) if rows <= 128 else (128, 4, 2, 4)
+def _shape(rows: int) -> tuple[int, int, bool, int]:
+    """Tokens at a time; stages of the pipeline; whether the first tile is loaded before q is there; and how
+    many partial results are joined at once (with many rows a block has few registers). Measured on an H200."""
+    if rows <= 32:
+        return 128, 1, True, 64
+    return 64 if rows <= 128 else 128, 2, False, 16
 
 
 @triton.jit
@@ -135,30 +136,91 @@ def _prepare(
 
 
 @triton.jit
+def _load_tile(
+    keys, values, table, start, end, kv,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """K and V of TILE tokens of one row [TILE, D], and which of them there are."""
+    token = start + tl.arange(0, TILE)
+    inside = token < end
+    page = tl.load(table + token // PAGE, mask=inside, other=0).to(tl.int64)
+    where = ((page * PAGE + token % PAGE) * K + kv)[:, None] * D + tl.arange(0, D)[None, :]
+    k = tl.load(keys + where, mask=inside[:, None], other=0.0)
+    return k, tl.load(values + where, mask=inside[:, None], other=0.0), inside
+
+
+@triton.jit
+def _attend(q, k, v, inside, scale, best, total, acc):
+    """One step of the online softmax (Milakov and Gimelshein 2018), in powers of two."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(inside[None, :], scores, -float("inf"))
+    larger = tl.maximum(best, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(best - larger)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return larger, total * shrink + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _join(
+    out, parts, scales, group, active, splits,
+    G: tl.constexpr, GROUP: tl.constexpr, JOIN: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The result of one group of heads from its parts: some at a time, always in the same order."""
+    WIDE: tl.constexpr = JOIN // GROUP
+    d = tl.arange(0, D)[None, :]
+    flat = tl.arange(0, JOIN)
+    best = tl.full([GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    acc = tl.zeros([GROUP, D], tl.float32)
+    for first in range(0, active, WIDE):
+        split, g = first + flat // GROUP, flat % GROUP
+        there = (split < active) & (g < G)
+        part = (group * splits + split) * G + g
+        its_best = tl.load(scales + part * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
+        its_total = tl.load(scales + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        its = tl.load(parts + part[:, None] * D + d, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        its_best = tl.reshape(its_best, [WIDE, GROUP])
+        larger = tl.maximum(best, tl.max(its_best, 0))
+        old, weight = tl.exp2(best - larger), tl.exp2(its_best - larger[None, :])
+        acc = acc * old[:, None] + tl.sum(tl.reshape(its, [WIDE, GROUP, D]) * weight[:, :, None], 0)
+        total = total * old + tl.sum(tl.reshape(its_total, [WIDE, GROUP]) * weight, 0)
+        best = larger
+    head = tl.arange(0, GROUP)[:, None]
+    tl.store(out + (group * G + head) * D + d, acc / total[:, None], mask=head < G)
+
+
+@triton.jit
 def _decode(
     qkv, q_norm, k_norm, rope, positions, slots, table, keys, values, out, parts, scales, finished,
-    stride, table_stride, splits, eps, scale,
-    G: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, LEAST: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    stride, table_stride, splits, least, eps, scale,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, JOIN: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     kv, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)  # of the new token; as many are in the cache
-    size = tl.maximum(tl.cdiv(tl.cdiv(position, splits), TILE) * TILE, LEAST)  # of each split
-    active = tl.maximum(tl.cdiv(position, size), 1)
+    active = tl.maximum(1, tl.minimum(splits, tl.cdiv(position, least)))
+    size = tl.maximum(1, tl.cdiv(tl.cdiv(position, active), TILE)) * TILE  # of each split
+    active = tl.maximum(1, tl.cdiv(position, size))
     if split >= active:
         return
     table += tl.load(slots + row).to(tl.int64) * table_stride
     d = tl.arange(0, D)[None, :]
     end = tl.minimum((split + 1) * size, position)
-    if PDL:  # only `qkv` is new: positions, pages and older keys and values are there since the step began
-        first = split * size + tl.arange(0, TILE)
-        first_page = tl.load(table + first // PAGE, mask=first < end, other=0).to(tl.int64)
-        lines = tl.arange(0, D // 64 if D > 64 else 1)[None, :] * 64  # 128 bytes each
-        first_at = ((first_page * PAGE + first % PAGE) * K + kv)[:, None] * D + lines
-        fetch(keys + first_at)
-        fetch(values + first_at)
+    start = split * size
+    if EARLY:  # only `qkv` is new: positions, pages and older keys and values are there since the step began
+        k, v, inside = _load_tile(keys, values, table, start, end, kv, K, D, PAGE, TILE)
+    if PDL:
+        if not EARLY:  # the first of them can come as far as the L2 cache
+            token = start + tl.arange(0, TILE)
+            page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
+            lines = tl.arange(0, D // 64 if D > 64 else 1)[None, :] * 64  # 128 bytes each
+            first = ((page * PAGE + token % PAGE) * K + kv)[:, None] * D + lines
+            fetch(keys + first)
+            fetch(values + first)
         gdc_wait()
 
     partner = (d + D // 2) % D
@@ -167,6 +229,10 @@ def _decode(
     at = qkv + row * stride + (kv * G + head) * D
     q = tl.load(at + d, mask=head < G, other=0.0).to(tl.float32)
     partners = tl.load(at + partner, mask=head < G, other=0.0).to(tl.float32)
+    new_at = qkv + row * stride + (G * K + kv) * D
+    new_k = tl.load(new_at + d)
+    new_partners = tl.load(new_at + partner).to(tl.float32)
+    new_v = tl.load(new_at + K * D + d)
     norm, partner_norm = cos, cos
     if NORM:
         norm, partner_norm = tl.load(q_norm + d).to(tl.float32), tl.load(q_norm + partner).to(tl.float32)
@@ -175,29 +241,18 @@ def _decode(
     best = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for start in range(split * size, end, TILE):
-        token = start + tl.arange(0, TILE)
-        inside = token < end
-        page = tl.load(table + token // PAGE, mask=inside, other=0).to(tl.int64)
-        where = ((page * PAGE + token % PAGE) * K + kv)[:, None] * D + d
-        k = tl.load(keys + where, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(inside[None, :], scores, -float("inf"))
-        larger = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - larger[:, None])
-        shrink = tl.exp2(best - larger)
-        v = tl.load(values + where, mask=inside[:, None], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        total = total * shrink + tl.sum(weights, 1)
-        best = larger
+    if EARLY:
+        if start < end:
+            best, total, acc = _attend(q, k, v, inside, scale, best, total, acc)
+        start += TILE
+    for tile in range(start, end, TILE):
+        k, v, inside = _load_tile(keys, values, table, tile, end, kv, K, D, PAGE, TILE)
+        best, total, acc = _attend(q, k, v, inside, scale, best, total, acc)
 
     if split == 0:  # it also takes the new token
-        new_at = qkv + row * stride + (G * K + kv) * D
-        new_k = tl.load(new_at + d).to(tl.float32)
-        new_partners = tl.load(new_at + partner).to(tl.float32)
-        new_v = tl.load(new_at + K * D + d)
         if NORM:
             norm, partner_norm = tl.load(k_norm + d).to(tl.float32), tl.load(k_norm + partner).to(tl.float32)
+        new_k = new_k.to(tl.float32)
         new_k = _rotated(new_k, new_partners, cos, sin, norm, partner_norm, eps, D, NORM).to(q.dtype)
         new_page = tl.load(table + position // PAGE).to(tl.int64)
         new_where = ((new_page * PAGE + position % PAGE) * K + kv) * D + d
@@ -224,18 +279,5 @@ def _decode(
     if tl.atomic_add(finished + group, 1) != active - 1:
         return
     tl.debug_barrier()
-    best = tl.full([ROWS], -float("inf"), tl.float32)  # the last block joins the parts, in their order
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for other in range(active):
-        part = (group * splits + other) * G + rows
-        its_best = tl.load(scales + part * 2, mask=rows < G, other=0.0, cache_modifier=".cg")
-        its_total = tl.load(scales + part * 2 + 1, mask=rows < G, other=1.0, cache_modifier=".cg")
-        its = tl.load(parts + part[:, None] * D + d, mask=head < G, other=0.0, cache_modifier=".cg")
-        larger = tl.maximum(best, its_best)
-        old, its_weight = tl.exp2(best - larger), tl.exp2(its_best - larger)
-        acc = acc * old[:, None] + its * its_weight[:, None]
-        total = total * old + its_total * its_weight
-        best = larger
-    tl.store(ours, acc / total[:, None], mask=head < G)
+    _join(out, parts, scales, group, active, splits, G, GROUP, JOIN, D)
     tl.store(finished + group, 0)

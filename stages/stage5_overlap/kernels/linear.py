@@ -1,8 +1,9 @@
 """Matrix products with a few rows: all their time is reading the weights, so these are streamed once.
 
 cuBLAS is made for many rows. With one to some tens of them each block here takes some rows of the weights
-and all of `x`. With programmatic dependent launch it fetches its weights, which depend on nobody, into the L2
-cache while the kernel before it still runs, and only then waits for `x`.
+and all of `x`. With programmatic dependent launch it loads its weights, which depend on nobody, while the
+kernel before it still runs, and only then waits for `x`. RMSNorm costs nothing here: every block sees all of
+a row, and what the row is divided by can be divided by at the end. Nor does adding to the residual stream.
 """
 
 import triton
@@ -12,82 +13,138 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stages.stage5_overlap.kernels.elementwise import fetch
 
-MOST_ROWS = 16  # beyond, cuBLAS is as fast
+MOST_ROWS = 32  # beyond, cuBLAS is as fast
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, pdl: bool, gated: bool = False) -> Tensor:
+def wins(rows: int, depth: int) -> bool:
+    """Whether this is faster than cuBLAS with an RMSNorm before it, as measured on an H200."""
+    return rows == 1 or (rows <= 16 and depth <= 2048)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pdl: bool,
+    gated: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
     """`x` [R, K] with R up to MOST_ROWS, `weight` [N, K], `bias` [N] -> [R, N].
 
     `gated`: the weights are gate and up, one below the other, and the result is silu(gate) * up [R, N / 2].
+    `norm`: weight [K] and epsilon of an RMSNorm of `x` before the product. `onto` [R, N]: the result is added
+    to it, in place.
     """
     rows, depth = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = x.new_empty(rows, size)
+    out = x.new_empty(rows, size) if onto is None else onto
     block_size, parts, block_depth, warps, stages = _shape(rows, size, depth, gated)
+    norm_weight, eps = norm or (None, 0.0)
     _linear[(triton.cdiv(size, block_size),)](
-        x, weight, bias, out, rows, size, depth, x.stride(0),
+        x, weight, bias, norm_weight, out, rows, size, depth, x.stride(0), eps,
         ROWS=1 if rows == 1 else max(16, triton.next_power_of_2(rows)), SIZE=block_size, PARTS=parts,
-        DEPTH=block_depth, GATED=gated, BIAS=bias is not None, PDL=pdl,
+        DEPTH=block_depth, WHOLE=parts * block_depth >= depth, GATED=gated, ADD=onto is not None, PDL=pdl,
         num_warps=warps, num_stages=stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
 
 def _shape(rows: int, size: int, depth: int, gated: bool) -> tuple[int, int, int, int, int]:
-    """Rows of weights in a block; of each, how many parts at a time of which depth; warps; stages.
+    """Rows of weights in a block; of each, how many parts at a time of which depth; warps; stages. All as
+    measured on an H200.
 
     Every warp multiplies a part of its own: one after the other they would wait for each other's sums.
     """
-    if rows > 1:
-        return (8, 4, 64, 4, 3) if size <= 2048 else (8, 1, 256, 1, 3) if gated else (16, 2, 128, 2, 3)
-    if gated and size > 8192:
-        return 1, 1, 2048, 2, 2
-    if size > 2048 and depth <= 2048 and not gated:
-        return 4, 1, min(1024, triton.next_power_of_2(depth)), 2, 2
-    if size > 2048:
-        return 8, 1, min(512, triton.next_power_of_2(depth)), 4, 2
-    return 2, 1, min(2048, triton.next_power_of_2(depth)), 4, 2
+    whole = triton.next_power_of_2(depth)
+    if rows == 1:
+        if gated:
+            return 2, 1, min(1024, whole), 2, 2
+        if depth <= 4096:
+            return 4, 1, whole, 4, 2
+        return 4, 1, 1024, 2 if size > depth else 8, 2
+    if rows > 16:
+        return 8, 4, 256, 4, 3
+    if depth <= 1024:
+        return 32 if size > 2048 and not gated else 16, 4, 256, 4, 1
+    return (16, 8, 256, 8, 1) if depth <= 2048 else (16, 4, 256, 4, 3)
 
 
 @triton.jit
 def _linear(
-    x, weight, bias, out, rows, size, depth, stride,
-    ROWS: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, norm_weight, out, rows, size, depth, stride, eps,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
+    GATED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     mine = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     safe = tl.minimum(mine, size - 1).to(tl.int64)  # rows beyond the end are computed, and not stored
-    gate_at = weight + safe * depth
-    up_at = gate_at + size * depth
+    gate_at = (weight + safe * depth)[None, :, None]
+    up_at = gate_at + size.to(tl.int64) * depth
+    row = tl.arange(0, ROWS)
+    part = (
+        tl.arange(0, PARTS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    )  # [PARTS, 1, DEPTH]
     if PDL:
         gdc_launch_dependents()
-        line = tl.minimum(tl.arange(0, PARTS * DEPTH // 64) * 64, depth - 1)[None, :]  # 128 bytes each
-        fetch(gate_at[:, None] + line)
+    if WHOLE:  # a single tile: it waits in registers for x
+        gate_w = tl.load(gate_at + part, mask=part < depth, other=0.0)
+        up_w = gate_w
         if GATED:
-            fetch(up_at[:, None] + line)
+            up_w = tl.load(up_at + part, mask=part < depth, other=0.0)
+    if PDL:
+        if not WHOLE:  # the first tile can come as far as the L2 cache
+            line = tl.minimum(tl.arange(0, PARTS * DEPTH // 64) * 64, depth - 1)[
+                None, None, :
+            ]  # 128 bytes each
+            fetch(gate_at + line)
+            if GATED:
+                fetch(up_at + line)
         gdc_wait()
-    row = tl.arange(0, ROWS)
-    part = tl.arange(0, PARTS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
     gate = tl.zeros([PARTS, SIZE, DEPTH] if ROWS == 1 else [PARTS, ROWS, SIZE], dtype=tl.float32)
     up = tl.zeros([PARTS, SIZE, DEPTH] if ROWS == 1 else [PARTS, ROWS, SIZE], dtype=tl.float32)
-    for start in range(0, depth, PARTS * DEPTH):
-        here = start + part  # [PARTS, 1, DEPTH]
-        inside = here < depth
-        present = inside & (row[None, :, None] < rows)
-        value = tl.load(x + row[None, :, None] * stride + here, mask=present, other=0.0)
-        w = tl.load(gate_at[None, :, None] + here, mask=inside, other=0.0)
-        gate = _add_product(gate, value, w, ROWS)
+    squares = tl.zeros([PARTS, ROWS], dtype=tl.float32)
+    x_at = x + row[None, :, None] * stride
+    present = row[None, :, None] < rows
+    if WHOLE:
+        value, squares = _read(x_at, norm_weight, part, present, depth, squares)
+        gate = _add_product(gate, value, gate_w, ROWS)
         if GATED:
-            w = tl.load(up_at[None, :, None] + here, mask=inside, other=0.0)
-            up = _add_product(up, value, w, ROWS)
+            up = _add_product(up, value, up_w, ROWS)
+    else:
+        for start in range(0, depth, PARTS * DEPTH):
+            here = start + part
+            value, squares = _read(x_at, norm_weight, here, present, depth, squares)
+            w = tl.load(gate_at + here, mask=here < depth, other=0.0)
+            gate = _add_product(gate, value, w, ROWS)
+            if GATED:
+                w = tl.load(up_at + here, mask=here < depth, other=0.0)
+                up = _add_product(up, value, w, ROWS)
     gate, up = _sum(gate, ROWS), _sum(up, ROWS)  # [ROWS, SIZE]
-    if BIAS:
+    if norm_weight is not None:
+        scale = tl.rsqrt(tl.sum(squares, 0) / depth + eps)[:, None]
+        gate *= scale
+        up *= scale
+    if bias is not None:
         gate += tl.load(bias + safe)[None, :].to(tl.float32)
     if GATED:
         gate = gate * tl.sigmoid(gate) * up
-    tl.store(
-        out + row[:, None] * size + mine[None, :], gate, mask=(row[:, None] < rows) & (mine[None, :] < size)
-    )
+    out_at = out + row[:, None] * size + mine[None, :]
+    stored = (row[:, None] < rows) & (mine[None, :] < size)
+    if ADD:
+        gate += tl.load(out_at, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_at, gate, mask=stored)
+
+
+@triton.jit
+def _read(x_at, norm_weight, here, present, depth, squares):
+    """A tile of `x` [PARTS, ROWS, DEPTH] times the norm's weight, and the squares [PARTS, ROWS] so far."""
+    value = tl.load(x_at + here, mask=present & (here < depth), other=0.0)
+    if norm_weight is not None:
+        wide = value.to(tl.float32)
+        squares += tl.sum(wide * wide, 2)
+        scale = tl.load(norm_weight + here, mask=here < depth, other=0.0).to(tl.float32)
+        value = (wide * scale).to(value.dtype)
+    return value, squares
 
 
 @triton.jit
