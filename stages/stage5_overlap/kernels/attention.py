@@ -89,8 +89,8 @@ class DecodeAttention:
 
 
 def _shape(rows: int) -> tuple[int, int, bool, int]:
-    """Tokens at a time; stages of the pipeline; whether the first tile is loaded before q is there; and how
-    many partial results are joined at once (with many rows a block has few registers). Measured on an H200."""
+    """Tokens at a time; stages of the pipeline; whether the first tile is loaded before q is there; how many
+    partial results are joined at once (with many rows a block has few registers). Measured on an H200."""
     if rows <= 32:
         return 128, 1, True, 64
     return 64 if rows <= 128 else 128, 2, False, 16

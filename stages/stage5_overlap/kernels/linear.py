@@ -81,9 +81,7 @@ def _linear(
     gate_at = (weight + safe * depth)[None, :, None]
     up_at = gate_at + size.to(tl.int64) * depth
     row = tl.arange(0, ROWS)
-    part = (
-        tl.arange(0, PARTS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-    )  # [PARTS, 1, DEPTH]
+    part = tl.arange(0, PARTS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
     if PDL:
         gdc_launch_dependents()
     if WHOLE:  # a single tile: it waits in registers for x
@@ -93,9 +91,8 @@ def _linear(
             up_w = tl.load(up_at + part, mask=part < depth, other=0.0)
     if PDL:
         if not WHOLE:  # the first tile can come as far as the L2 cache
-            line = tl.minimum(tl.arange(0, PARTS * DEPTH // 64) * 64, depth - 1)[
-                None, None, :
-            ]  # 128 bytes each
+            line = tl.arange(0, PARTS * DEPTH // 64)[None, None, :] * 64  # 128 bytes each
+            line = tl.minimum(line, depth - 1)
             fetch(gate_at + line)
             if GATED:
                 fetch(up_at + line)
