@@ -84,7 +84,7 @@ class DecodeAttention:
 
     def _splits(self, rows: int) -> int:
         """Into how many parts a long row is cut: few rows must fill the GPU, and many must end together."""
-        blocks = (8 if rows <= 32 else 4) * self._sms
+        blocks = (2 if rows <= 32 else 4) * self._sms  # one that finds nothing to do costs something, too
         return max(1, min(_MOST, -(-blocks // (rows * self._config.num_kv_heads))))
 
 
