@@ -577,8 +577,79 @@ print(f"{count.calls} operations to sample, parameters included")
 show(GraphRunner._step)
 
 # %% [markdown]
-# With one row, graphs and the step ahead together brought a step on the H200 from 17.4 ms to 0.87 ms, of
-# which the host was busy 0.3 ms. From then on, what counts is what the kernels themselves take.
+# ### Before and after
+#
+# Both stages on one H200, with random weights of Qwen3-0.6B's shape and 32 requests that are being answered,
+# as PyTorch's profiler saw them (`benchmarks/results/traces-h200.json`). The upper half is one step of stage
+# 4, the lower half four steps of stage 5. Look at the time axes, and at how much of the last row is empty:
+
+# %% tags=["hide-input"]
+recorded = json.loads((ROOT / "benchmarks/results/traces-h200.json").read_text())
+KINDS = {"matrix products": BLUE, "attention": ORANGE, "other": GREEN, "copy": GREY}
+HOST = {"schedule": PURPLE, "launch": BLUE, "wait": GREY, "commit": RED}
+figure, axes = canvas(8, 4.2, rows=2)
+for axis, number in zip(axes, ("4", "5"), strict=True):
+    trace = recorded["stages"][number]["32"]
+    marks = [start for name, start, _ in trace["host"] if name == "schedule"]
+    first = marks[1]  # the profiler makes the first step slower
+    last = marks[2] if number == "4" else max(start + length for _, start, length in trace["gpu"])
+    for line, (spans, colours) in enumerate(((trace["host"], HOST), (trace["gpu"], KINDS))):
+        for name, colour in colours.items():
+            bars = [
+                ((start - first) / 1000, length / 1000)
+                for kind, start, length in spans
+                if kind == name and first <= start < last
+            ]
+            axis.broken_barh(bars, (line - 0.36, 0.72), color=colour, linewidth=0)
+    axis.set_yticks((0, 1), ("host", "GPU"))
+    axis.set_ylim(1.5, -0.5)
+    axis.set_xlim(0, (last - first) / 1000)
+    axis.tick_params(axis="y", left=False)
+    axis.spines["left"].set_visible(False)
+    axis.set_title(f"stage {number}: {'one step' if number == '4' else 'the steps after the first'}")
+axes[1].set_xlabel("milliseconds, with the profiler's own time in them")
+labels = [(f"host: {name}", colour) for name, colour in HOST.items()]
+for name, colour in labels + [(f"GPU: {name}", colour) for name, colour in list(KINDS.items())[:3]]:
+    axes[1].bar(0, 0, color=colour, label=name)
+figure.legend(loc="outside upper center", ncols=4, handlelength=1.0, columnspacing=1.2)
+publish(
+    figure,
+    "Two traces: in stage 4 one launch is as long as the step and the GPU is idle between short spans; "
+    "in stage 5 launches are short and the GPU is busy nearly always",
+    "A decode step of 32 requests before and after, on one H200.",
+)
+table(
+    [
+        "requests",
+        "stage",
+        "a step, without the profiler",
+        "kernels",
+        "GPU time of attention",
+        "products",
+        "other",
+    ],
+    [
+        (
+            count,
+            number,
+            f"{trace['step_ms']:.2f} ms",
+            f"{trace['kernels_per_step']:.0f}",
+            *(
+                f"{trace['gpu_us_per_step'][kind]:,.0f} µs"
+                for kind in ("attention", "matrix products", "other")
+            ),
+        )
+        for count in ("1", "32", "256")
+        for number in ("4", "5")
+        for trace in [recorded["stages"][number][count]]
+    ],
+    "rrrrrrr",
+)
+
+# %% [markdown]
+# A kernel that waits on the device for the one before it (below) counts as busy meanwhile, so the times of
+# stage 5's kernels add up to more than the step. From here on, what counts is what the kernels themselves
+# take.
 #
 # ## Fused kernels
 #
@@ -595,7 +666,12 @@ table(
         (code("mlp"), "SiLU of the gate, times up", "`elementwise.py`"),
         (
             code("linear"),
-            "matrix products of up to 16 rows; the one for gate and up also does SiLU and product",
+            "matrix products of few rows; the one for gate and up also does SiLU and product",
+            "`linear.py`",
+        ),
+        (
+            code("layer"),
+            "`linear` in graphs, with the norm before a product or the sum after it in the same kernel",
             "`linear.py`",
         ),
         (code("prepare"), "norm of q and k, RoPE, stores to the cache, for prefill", "`attention.py`"),
@@ -680,7 +756,7 @@ after = [  # what, operations of, kernels, bytes a token, how often in a step
     ("q/k-norm, RoPE, store: inside decode attention", "prepare", 0, read_qkv + store, LAYERS),
     ("add, norm", "norm", 1, 2 * 4 * H, 2 * LAYERS),
     ("SiLU · up", "mlp", 1, 2 * 3 * INNER, LAYERS),
-    ("SiLU · up: inside the product, to 16 rows", "mlp", 0, 2 * INNER, LAYERS),
+    ("SiLU · up: inside the product, with few rows", "mlp", 0, 2 * INNER, LAYERS),
     ("sampling", "sampling", 2, 2 * V + 2 * 8 * -(-V // 4096), 1),
 ]
 
@@ -749,7 +825,10 @@ def kernels(file):
     body = [
         node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    names = {"triton": SimpleNamespace(jit=lambda f: f), "tl": SimpleNamespace(constexpr=lambda x: x)}
+    names = {
+        "triton": SimpleNamespace(jit=lambda f=None, **_: f or (lambda g: g)),
+        "tl": SimpleNamespace(constexpr=lambda x: x),
+    }
     module = compile(ast.Module(body, []), str(path), "exec", __future__.annotations.compiler_flag)
     exec(module, names)
     return SimpleNamespace(**names)
@@ -763,14 +842,14 @@ show(kernels("elementwise.py").begin)
 # The row stays in registers between the sum and the norm: five passes over `[T, H]` become four. The sum is
 # rounded to the model's type before it is squared, because PyTorch's separate operations do that too.
 #
-# `begin` is the other half of what these kernels gain, **programmatic dependent launch** (Hopper and newer).
-# Usually a kernel starts when every block of the one before is done. With it, a kernel calls
+# `begin` is the other half of what these kernels gain, **programmatic dependent launch** (Hopper and
+# newer). Usually a kernel starts when every block of the one before is done. With it, a kernel calls
 # `gdc_launch_dependents`, and from then on blocks of its successor may come onto multiprocessors that have
-# room. They do what depends on nobody. Here that is reading the norm's weight, and in `linear.py` fetching
-# the first weights of the matrix into the L2 cache: reading weights is nearly all that a product with few
-# rows does. Then `gdc_wait` holds them until the predecessor has ended and its results can be read. So the
-# order of what is computed is the same; what is gone is the pause between two kernels, some two hundred times
-# a step.
+# room. They do what depends on nobody. Here that is reading the norm's weight. In `linear.py` it is loading
+# the weights of the matrix, which is nearly all that a product with few rows does; in `attention.py` the
+# first keys and values, which older steps have stored. Then `gdc_wait` holds them until the predecessor has
+# ended and its results can be read. So the order of what is computed is the same; what is gone is the pause
+# between two kernels, some two hundred times a step.
 #
 # ### Decode attention
 #
@@ -788,8 +867,9 @@ device = SimpleNamespace(_sms=132, _config=SimpleNamespace(num_kv_heads=K))
 def splits_of(rows, cached):
     """Splits in the launch, tokens in each, and how many have any: as `_decode` divides them."""
     splits, tile = attention.DecodeAttention._splits(device, rows), attention._shape(rows)[0]
-    each = -(-cached // splits)
-    size = max(-(-each // tile) * tile, attention._LEAST)
+    least = attention.DecodeAttention._least(device, rows)
+    active = max(1, min(splits, -(-cached // least)))
+    size = -(-cached // active // tile) * tile
     return splits, size, max(1, -(-cached // size))
 
 
@@ -932,13 +1012,78 @@ table(
 )
 
 # %% [markdown]
-# Two of the seven targets are reached: one request alone, and the shared prefix. Five are not yet. The gain
-# is largest for the request alone, where the GPU had worked 6% of the time. It is smallest with the prompts
-# of 32,000 tokens, where stage 4 had reached 45% of the limit already, and where most steps are no graphs.
+# Two of the seven targets are reached: one request alone, and the shared prefix. Five are not yet. Where
+# their time goes, and what was tried, is in [the log](5-attempts.md). The gain is largest for the request
+# alone, where the GPU had worked 5% of the time. It is smallest with the prompts of 32,000 tokens, where
+# stage 4 had reached 45% of the limit already, and where most steps are no graphs.
 #
 # Some first runs are slower than those after them; every single run is in the files,
-# `benchmarks/results/stage4-offline-h200.json` and `stage5-offline-h200.json`. What each part brings alone,
-# `python -m minisgl.bench ablate` measures on your machine.
+# `benchmarks/results/stage4-offline-h200.json` and `stage5-offline-h200.json`.
+#
+# ### Each kernel alone
+#
+# The kernels against the PyTorch that they stand for, on the same H200. Both run inside a CUDA graph, so
+# neither waits for Python. The last column is how long a copy takes to move as many bytes as the kernel must:
+
+# %% tags=["hide-input"]
+alone = json.loads((ROOT / "benchmarks/results/stage5-kernels-h200.json").read_text())
+table(
+    ["kernel", "size", "ours, µs", "PyTorch, µs", "times as fast", "bytes alone, µs"],
+    [
+        (
+            r["kernel"],
+            r["size"],
+            f"{r['ours_us']:,.1f}",
+            f"{r['pytorch_us']:,.1f}",
+            f"{r['pytorch_us'] / r['ours_us']:.1f}",
+            f"{r['ceiling_us']:.1f}" if r["ceiling_us"] >= 0.05 else "less than 0.1",
+        )
+        for r in alone["results"]
+    ],
+    "llrrrr",
+)
+
+# %% [markdown]
+# With many rows the elementwise kernels run at the speed of a copy; there is nothing left to win but to not
+# move the bytes. With few rows a kernel takes a microsecond or two, whatever it does. The draw is the other
+# way round: 256 rows are nine times slower than their bytes, for it is bound by the arithmetic of its noise.
+#
+# ### One part less
+#
+# `python -m minisgl.bench ablate` takes out one part at a time and compares. Here it does so on this CPU,
+# with the built-in model, where there are no graphs and no kernels to take out:
+
+
+# %% tags=["hide-input"]
+def seconds_without(**changes):
+    """Seconds for 16 requests that share most of their prompts; the better of two runs."""
+    engine, best = make(stage5, **changes), float("inf")
+    for run in range(2):
+        start = time.perf_counter()
+        requests = [
+            Request(
+                f"{run} {i}", [*text[:200], run, i], SamplingParams(max_tokens=24, ignore_eos=True), seed=i
+            )
+            for i in range(16)
+        ]
+        tokens_of(engine, requests)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+variants = {"nothing": {}, "radix": {"radix": False}, "overlap": {"overlap": False}}
+ablated = {name: seconds_without(**changes) for name, changes in variants.items()}
+table(
+    ["taken out", "seconds", "in units of the whole engine's"],
+    [(name, f"{t:.2f}", f"{t / ablated['nothing']:.2f}") for name, t in ablated.items()],
+    "lrr",
+)
+
+# %% [markdown]
+# On a CPU the step ahead wins nothing, as there Python and the arithmetic share the same cores. On the
+# H200, in one run of each (up to 32 rows captured), one request of 128 tokens in and 512 out took 0.37 s
+# with everything, 0.44 s without the step ahead, and 5.80 s without graphs. The prefill of 64 x 1,024
+# tokens took 0.13 to 0.14 s in each of them: there the host is not in the way.
 #
 # ## What the engine did, on a time axis
 #
@@ -1025,6 +1170,21 @@ table(["measured on", ""], [*machine(), ("model", "built-in"), ("command", code(
 # and a slice of the MLP, and computes its share of every layer. Twice in a layer their partial sums are
 # added, right where `add_norm` begins. Everything above the model, the scheduler, the tree and the step
 # ahead, stays as it is.
+#
+# ## Exercises
+#
+# Stubs are in `docs/exercises/stage5.py`; `python -m docs.exercises.stage5` in the repository's root checks
+# what you filled in.
+#
+# 1. **Draw the timeline.** Given what Python and the device need for each batch, say when each is committed,
+#    one after the other and one batch ahead. Who waits for whom?
+# 2. **Search in parts.** Find the threshold of top-k or top-p by four parts at a time, or by any number of
+#    them, in as few passes as that takes. The checker says how many. Why does the kernel stop at four?
+# 3. **Go further ahead.** Write a `DeepEngine` that is as many batches ahead as you ask for. No token may
+#    differ, and no batch may be left behind. The checker says what it costs in rows computed for nothing.
+#    Look at your timeline again: what can the second batch ahead bring that the first did not?
+# 4. **Record it.** Write a CUDA graph in plain PyTorch. It records the operations of a function and does them
+#    again, on the same memory. What asks the host cannot be recorded.
 #
 # ## What to read next
 #

@@ -68,13 +68,13 @@ class DecodeAttention:
         c, cache, rows = self._config, self._cache, len(qkv)
         out = qkv.new_empty(rows, c.num_heads * c.head_dim)
         splits, group = self._splits(rows), c.num_heads // c.num_kv_heads
-        least = min(1024, max(128, 2 * rows * c.num_kv_heads))  # tokens that are worth a block
         tile, stages, early, join = _shape(rows)
         _decode[(c.num_kv_heads, rows, splits)](
             qkv, layer.q_norm, layer.k_norm, self._rope, positions, slots, table,
             cache.keys[layer.index], cache.values[layer.index], out,
             self._parts, self._scales, self._finished,
-            qkv.stride(0), table.stride(0), splits, least, c.norm_eps, c.head_dim**-0.5 * 1.4426950408889634,
+            qkv.stride(0), table.stride(0), splits, self._least(rows), c.norm_eps,
+            c.head_dim**-0.5 * 1.4426950408889634,
             G=group, GROUP=triton.next_power_of_2(group), ROWS=max(16, triton.next_power_of_2(group)),
             JOIN=max(join, triton.next_power_of_2(group)), K=c.num_kv_heads, D=c.head_dim,
             PAGE=cache.page_size, TILE=tile, EARLY=early, NORM=layer.q_norm is not None,
@@ -86,6 +86,10 @@ class DecodeAttention:
         """Into how many parts a long row is cut: few rows must fill the GPU, and many must end together."""
         blocks = (2 if rows <= 32 else 4) * self._sms  # one that finds nothing to do costs something, too
         return max(1, min(_MOST, -(-blocks // (rows * self._config.num_kv_heads))))
+
+    def _least(self, rows: int) -> int:
+        """Tokens that are worth a block: more where there are many blocks anyway."""
+        return min(1024, max(128, 2 * rows * self._config.num_kv_heads))
 
 
 def _shape(rows: int) -> tuple[int, int, bool, int]:
@@ -106,7 +110,8 @@ def _rotated(x, partners, cos, sin, norm, partner_norm, eps, D: tl.constexpr, NO
     return x * cos + partners * sin
 
 
-@triton.jit
+# What changes from step to step must not be a reason to compile a kernel again, for seconds, under load.
+@triton.jit(do_not_specialize_on_alignment=["positions", "locations"])
 def _prepare(
     qkv, q_norm, k_norm, rope, positions, locations, q, keys, values, stride, eps,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
@@ -190,7 +195,10 @@ def _join(
     tl.store(out + (group * G + head) * D + d, acc / total[:, None], mask=head < G)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "splits", "least"],
+    do_not_specialize_on_alignment=["positions", "slots", "table"],
+)
 def _decode(
     qkv, q_norm, k_norm, rope, positions, slots, table, keys, values, out, parts, scales, finished,
     stride, table_stride, splits, least, eps, scale,

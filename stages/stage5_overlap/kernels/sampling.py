@@ -66,7 +66,10 @@ def draw(
     )  # fmt: skip
 
 
-@triton.jit
+_BY_ROW = ["temperature", "seeds_low", "seeds_high", "positions", "thresholds"]  # at any place in a buffer
+
+
+@triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def _draw_in_block(
     logits, temperature, seeds_low, seeds_high, positions, thresholds, values, indices, size, stride,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -89,7 +92,7 @@ def _draw_in_block(
     tl.store(indices + out, tl.program_id(1) * BLOCK + index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["newest", "slots"])
 def _best_block(values, indices, tokens, newest, slots, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0)
@@ -140,7 +143,7 @@ def thresholds(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p"])
 def _thresholds(logits, temperature, top_k, top_p, min_p, out, size, stride, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0)
