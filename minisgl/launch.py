@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from minisgl import builtin
 from minisgl.cli import add_engine_arguments, engine_config
-from stages.interface import SamplingParams
+from stages import load_stage
+from stages.interface import EngineFailed, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Imported late: the engine process imports this module once more, and needs neither of the two.
-    from minisgl.server.engine_client import EngineDied
+    # Imported late: the engine process imports this module once more, and does not need it.
     from minisgl.server.main import ServerOptions, run_server
 
     name = args.model_name or (_last_component(args.model) if args.model else builtin.NAME)
     options = ServerOptions(args.host, args.port, name, args.log_level)
     try:
-        if args.shell:
+        if os.environ.get("RANK", "0") != "0":  # under torchrun one process serves, and the others help it
+            load_stage(args.stage).build(engine_config(args))
+        elif args.shell:
             from minisgl.shell import chat
 
             chat(engine_config(args), args.stage, SamplingParams(temperature=0.0))
         else:
             run_server(args.stage, engine_config(args), options)
-    except (ValueError, OSError, EngineDied) as error:
+    except (ValueError, OSError, EngineFailed) as error:
         logger.debug("the traceback", exc_info=error)
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library wrote
         return 1

@@ -13,7 +13,7 @@ from prompt_toolkit.formatted_text import HTML
 
 from minisgl.cli import add_engine_arguments, engine_config
 from stages import load_stage
-from stages.interface import Engine, EngineConfig, Request, SamplingParams
+from stages.interface import Engine, EngineConfig, EngineFailed, Request, SamplingParams
 from stages.stage1_naive.config import find_model
 from stages.stage1_naive.tokenizer import Detokenizer, Message, Tokenizer
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
         chat(engine_config(args), args.stage, params)
-    except ValueError as error:
+    except (ValueError, EngineFailed) as error:
         sys.exit(f"error: {error}")
 
 

@@ -11,6 +11,7 @@ _STAGES = {
     3: "stages.stage3_radix.engine",
     4: "stages.stage4_chunked.engine",
     5: "stages.stage5_overlap.engine",
+    6: "stages.stage6_parallel.engine",
 }
 LATEST = max(_STAGES)
 

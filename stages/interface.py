@@ -136,6 +136,10 @@ class RequestRefused(ValueError):
     """A request this engine can never serve; the message says why and what would be served."""
 
 
+class EngineFailed(RuntimeError):
+    """The engine cannot go on, for a reason outside its code; the message says it all."""
+
+
 class Engine(Protocol):
     """Serves many requests, one `step` at a time. Not thread-safe: one thread calls everything."""
 

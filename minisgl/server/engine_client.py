@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import os
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -17,13 +18,15 @@ import zmq.asyncio
 from minisgl.server.engine_process import run_engine
 from minisgl.server.messages import Abort, Add, Died, Outputs, Ready, Refused, ToEngine, encode
 from minisgl.server.messages import decode_from_engine as decode
-from stages.interface import EngineConfig, Request, RequestRefused, Statistics, TokenOutput
+from stages.interface import EngineConfig, EngineFailed, Request, RequestRefused, Statistics, TokenOutput
 
 _LAST_WORDS_S = 0.2  # a dead process's last message may still be on its way
 _PATIENCE_S = 5.0  # from SIGTERM to SIGKILL
+# Seconds of silence from an engine process. A library that is being loaded stops all threads of a process.
+_LOADING_S, _SERVING_S = 120, 8
 
 
-class EngineDied(RuntimeError):
+class EngineDied(EngineFailed):
     """The engine is gone, or going; the message says why."""
 
 
@@ -58,6 +61,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         self.died: asyncio.Future[str] = loop.create_future()  # the reason, as soon as there is one
         self.statistics = Statistics()  # the engine's newest
+        self.heard = False  # whether anything arrived since this was set to False
         self._ready: asyncio.Future[int] = loop.create_future()
         self._outbox = outbox
         self._inbox = inbox
@@ -73,6 +77,10 @@ class EngineClient:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         self._check_alive()
         return self._ready.result()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.done()
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[list[TokenOutput], None]:
         """The tokens of all `requests` as they arrive; those that piled up meanwhile come at once.
@@ -111,6 +119,7 @@ class EngineClient:
         """Deliver the engine's messages, for ever."""
         while True:
             message = decode(await self._inbox.recv())
+            self.heard = True
             match message:
                 case Outputs():
                     self.statistics = message.statistics
@@ -160,7 +169,8 @@ async def start_engine(stage: int, config: EngineConfig, log_level: str) -> Asyn
             )
             _start(process)
             client = EngineClient(outbox, inbox)
-            tasks = [asyncio.create_task(client.listen()), asyncio.create_task(_watch(process, client))]
+            work = client.listen(), _watch(process, client), _watch_pulse(client)
+            tasks = [asyncio.create_task(task) for task in work]
             try:
                 yield client
             finally:
@@ -199,8 +209,21 @@ async def _watch(process: SpawnProcess, client: EngineClient) -> None:
     )
 
 
+async def _watch_pulse(client: EngineClient) -> None:
+    """Notice an engine process that is stopped. Seconds are counted here, not read from a clock: when both
+    processes are stopped and go on together, none of them was silent."""
+    silent = 0
+    while silent < (_SERVING_S if client.is_ready else _LOADING_S):
+        await asyncio.sleep(1)
+        silent = 0 if client.heard else silent + 1
+        client.heard = False
+    client.close(f"the engine process is stopped or stuck: it was silent for {silent} s")
+
+
 def _end(process: SpawnProcess) -> None:
     process.terminate()
+    if process.is_alive() and process.pid is not None:
+        os.kill(process.pid, signal.SIGCONT)  # were it stopped, it would not hear of it
     process.join(_PATIENCE_S)
     process.kill()
     process.join()

@@ -6,14 +6,17 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 
 import zmq
 
-from minisgl.server.messages import Abort, Died, FromEngine, Outputs, Ready, Refused, ToEngine, encode
+from minisgl.server.messages import Abort, Alive, Died, FromEngine, Outputs, Ready, Refused, ToEngine, encode
 from minisgl.server.messages import decode_to_engine as decode
 from stages import load_stage
-from stages.interface import Engine, EngineConfig
+from stages.interface import Engine, EngineConfig, EngineFailed
+
+_PULSE_S = 1.0
 
 
 class Link:
@@ -24,8 +27,8 @@ class Link:
         self._outbox = outbox
 
     def receive(self, wait: bool) -> ToEngine | None:
-        """The next message; without `wait` None if there is none."""
-        return decode(self._inbox.recv()) if wait or self._inbox.poll(0) else None
+        """The next message; None if there is none, with `wait` for a second."""
+        return decode(self._inbox.recv()) if self._inbox.poll(1000 if wait else 0) else None
 
     def send(self, message: FromEngine) -> None:
         """Does not block: a slow reader never slows the engine."""
@@ -37,7 +40,8 @@ def serve_engine(engine: Engine, link: Link) -> None:
     while True:
         while message := link.receive(wait=not engine.has_work):
             _obey(message, engine, link)
-        link.send(Outputs(engine.step(), engine.statistics))
+        if engine.has_work:  # else it was waited for a message in vain
+            link.send(Outputs(engine.step(), engine.statistics))
 
 
 def _obey(message: ToEngine, engine: Engine, link: Link) -> None:
@@ -56,7 +60,7 @@ def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log
     Ends with status 1 after its last words, or with 0 by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an exit that cleans up behind the libraries
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
@@ -64,6 +68,7 @@ def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log
             socket.set_hwm(0)  # no limit of its own: the open requests are one
             socket.connect(address)
         link = Link(inbox, outbox)
+        threading.Thread(target=_beat, args=(addresses[1],), daemon=True).start()
         loaded = False
         try:
             engine = load_stage(stage).build(config)
@@ -71,12 +76,30 @@ def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log
             link.send(Ready(engine.context_length))
             serve_engine(engine, link)
         except Exception as error:
-            if isinstance(error, ValueError) and not loaded:  # the user's mistake: the sentence says it all
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's answer to the last words
+            # The user's mistake, or nobody's: the sentence says it all.
+            if isinstance(error, EngineFailed) or (isinstance(error, ValueError) and not loaded):
                 link.send(Died(str(error)))
             else:
                 traceback.print_exc()
                 link.send(Died(f"the engine failed: {type(error).__name__}: {error}"))
     sys.exit(1)
+
+
+def _leave(*_: object) -> None:
+    """An exit that cleans up behind the libraries, and is not interrupted while it does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _beat(address: str) -> None:
+    """Say that this process runs, however long a step takes. Threads share no socket; and nobody waits for
+    this one's context, which ends with the process."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as outbox:
+        outbox.connect(address)
+        while True:
+            outbox.send(encode(Alive()))
+            time.sleep(_PULSE_S)
 
 
 def _die_with_parent() -> None:

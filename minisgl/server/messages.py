@@ -40,6 +40,10 @@ class Refused(Struct, tag=True):
     reason: str
 
 
+class Alive(Struct, tag=True):
+    """From the engine, every second: its process runs."""
+
+
 class Died(Struct, tag=True):
     """From the engine, its last words."""
 
@@ -47,7 +51,7 @@ class Died(Struct, tag=True):
 
 
 ToEngine = Add | Abort
-FromEngine = Ready | Outputs | Refused | Died
+FromEngine = Ready | Outputs | Refused | Alive | Died
 
 encode = msgspec.msgpack.encode
 decode_to_engine: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode

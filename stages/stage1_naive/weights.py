@@ -65,15 +65,15 @@ class Checkpoint:
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
-        self._files: dict[str, Path] = {}  # tensor name -> file
+        self.files: dict[str, Path] = {}  # tensor name -> file
         for file in self._list_files():
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    self._files.update(dict.fromkeys(tensors.keys(), file))
+                    self.files.update(dict.fromkeys(tensors.keys(), file))
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
-        _check_names(path, config, set(self._files))
-        if config.tied_embeddings and "lm_head.weight" in self._files:
+        _check_names(path, config, set(self.files))
+        if config.tied_embeddings and "lm_head.weight" in self.files:
             self._check_tied()
 
     def _check_tied(self) -> None:
@@ -99,7 +99,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it was saved in."""
-        with safe_open(self._files[name], framework="pt") as tensors:
+        with safe_open(self.files[name], framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(name)
             return tensor
 

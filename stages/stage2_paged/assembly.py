@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MakeScheduler = Callable[[RequestTable, int], AnyScheduler]
 MakeRunner = Callable[[Any, "Loaded", int], Runner]  # (config, model, pages)
+LoadModel = Callable[[Path, ModelConfig, torch.dtype, torch.device], Transformer]  # of a folder
 
 _ADVICE = "lower prefill_budget, max_rows or max_context"
 _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memory
@@ -85,7 +87,12 @@ class Loaded:
         return PagedKVCache.bytes_per_page(self.model.config, self.page_size, self.dtype)
 
 
-def load(config: EngineConfig, ops: Ops = Ops()) -> Loaded:  # noqa: B008 (frozen)
+def load_whole(path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """All weights of a folder."""
+    return load_model(config, Ops(), Checkpoint(path, config).read, dtype, device)
+
+
+def load(config: EngineConfig, load_model: LoadModel = load_whole) -> Loaded:
     """Read the model.
 
     Raises:
@@ -98,7 +105,7 @@ def load(config: EngineConfig, ops: Ops = Ops()) -> Loaded:  # noqa: B008 (froze
     attention = choose(config.attention, device, dtype)
     page_size = pick_page_size(config.page_size, attention)
     limits = Limits.of(model_config, config.max_context)
-    model = load_model(model_config, ops, Checkpoint(path, model_config).read, dtype, device)
+    model = load_model(path, model_config, dtype, device)
     return Loaded(model, limits, attention, page_size, dtype, device)
 
 

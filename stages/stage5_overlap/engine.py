@@ -1,11 +1,13 @@
 """Stage 5, assembled: stage 4's engine, one batch ahead of its own tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV
+from stages.stage1_naive.model import Ops
 from stages.stage1_naive.sampling import sample
 from stages.stage2_paged.assembly import Loaded, cap_context, load, make_parts, measure_pages
 from stages.stage2_paged.attention.choice import make_backend
@@ -63,11 +65,25 @@ def build(config: EngineConfig) -> Engine:
     Raises:
         ValueError: the model or the configuration cannot be served; the message says why.
     """
-    loaded = load(config)
+    return assemble(config, load(config))
+
+
+def assemble(
+    config: EngineConfig,
+    loaded: Loaded,
+    wrap: Callable[[Ops], Ops] | None = None,
+    agree: Callable[[int], int] = lambda num_pages: num_pages,
+) -> Engine:
+    """The engine of a loaded model. `wrap` may put more around its operations, and `agree` lower the number
+    of pages that was measured."""
     fused = choose_kernels(config.fused, loaded.model.config, loaded.device, loaded.dtype)
-    loaded = replace(loaded, model=replace(loaded.model, ops=make_ops(fused)))
+    ops = make_ops(fused)
+    if wrap is not None:
+        ops, fused = wrap(ops), fused - {"layer"}  # whose kernels leave no place between product and sum
+    loaded = replace(loaded, model=replace(loaded.model, ops=ops))
     make = partial(make_runner, fused=fused)
-    num_pages = measure_pages(config, loaded, ChunkedScheduler, make)  # with the graphs, which take memory
+    measured = measure_pages(config, loaded, ChunkedScheduler, make)  # with the graphs, which take memory
+    num_pages = agree(measured)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size) if config.radix else NoPrefixCache()
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)

@@ -1,0 +1,73 @@
+"""Ranks on GPUs: two that share one, and, where there are two, each with its own."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stages.interface import Engine, Request, SamplingParams
+from stages.stage6_parallel.engine import EngineConfig, ParallelEngine, build
+from tests.checkpoints import write_checkpoint
+from tests.oracle import run_engine, tokens_of
+from tests.stage2.gpu_case import assert_alike, forced, mixed_lengths, score
+
+pytestmark = pytest.mark.gpu
+STEM = 100  # tokens that most prompts share
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tp"), "qwen3", head_dim=64, initializer_range=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _ranks_are_gone() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert not dist.is_initialized()
+
+
+def make(model: Path, tp: int, **more: Any) -> Engine:
+    settings: dict[str, Any] = {"page_size": 16, "num_pages": 1000, "max_rows": 32, "prefill_budget": 100}
+    return build(EngineConfig(model=str(model), tp=tp, **(settings | more)))
+
+
+def test_two_ranks_that_share_a_gpu(model: Path) -> None:
+    """In float32 the log-probabilities of the same tokens are those of one rank, but for rounding."""
+    plain: dict[str, Any] = {"device": "cuda:0", "dtype": "float32", "attention": "torch"}
+    expected = score(make(model, 1, **plain), forced(mixed_lengths(24), STEM))
+    engine = make(model, 2, **plain)
+    assert isinstance(engine, ParallelEngine)
+    tokens, logprobs = score(engine, forced(mixed_lengths(24), STEM))
+    assert tokens == expected[0]
+    torch.testing.assert_close(logprobs, expected[1], rtol=1e-3, atol=1e-3)
+
+
+def test_two_ranks_that_share_a_gpu_in_bfloat16(model: Path) -> None:
+    """With the fused kernels and the backends that this GPU has."""
+    shared: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16"}
+    expected = score(make(model, 1, **shared), forced(mixed_lengths(24), STEM))
+    assert_alike(score(make(model, 2, **shared), forced(mixed_lengths(24), STEM)), expected)
+
+
+def test_sampled_tokens_are_repeatable(model: Path) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=20, ignore_eos=True)
+    requests = [Request(str(i), [i + 1, 2, 3], params, seed=i) for i in range(8)]
+    engine = make(model, 2, device="cuda:0", dtype="float32", attention="torch", radix=False)
+    first, second = run_engine(engine, requests), run_engine(engine, requests)
+    assert {k: tokens_of(v) for k, v in first.items()} == {k: tokens_of(v) for k, v in second.items()}
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_gpu_for_each_rank(model: Path, graphs: bool) -> None:
+    """NCCL, inside CUDA graphs and outside."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
+    expected = score(make(model, 1, **options), forced(mixed_lengths(64), STEM))
+    engine = make(model, 2, graphs=graphs, **options)
+    assert_alike(score(engine, forced(mixed_lengths(64), STEM)), expected)

@@ -1,0 +1,148 @@
+"""Servers of two ranks: they serve, they stop, and when a rank dies or hangs all of it ends with a reason."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.running import RunningServer, alive, gone_within, launch
+
+PAIR = ("--tp", "2", "--device", "cpu", "--num-pages", "100")
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture
+def tiny(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("qwen3")
+
+
+def ranks_of(server: RunningServer) -> tuple[int, int]:
+    """The process of rank 0, which is the server's engine process, and that of rank 1."""
+    [leader] = server.engine_pids()
+    children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
+    [worker] = [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return leader, worker
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str | Path) -> Iterator[RunningServer]:
+    """A server that is ready; nothing may be left of it, whatever happened to it."""
+    with launch(folder, *arguments) as server:
+        server.wait_ready()
+        pids = [server.process.pid, *server.descendants()]
+        port = int(server.url.rpartition(":")[2])
+        try:
+            yield server
+            assert server.process.poll() is not None, "the test ends it"
+            assert gone_within(pids, 3)
+            assert "Traceback" not in server.stderr
+            assert "leaked" not in server.stderr
+            assert "destroy_process_group" not in server.stderr
+            with socket.create_server(("127.0.0.1", port)):
+                pass  # the port is free
+        finally:
+            for pid in filter(alive, pids):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_the_built_in_model_answers_until_a_rank_is_killed(tmp_path: Path) -> None:
+    """Also after all of it was stopped and continued, as by Ctrl-Z and fg, for longer than the silence of one
+    would be borne: nobody heard it. A rank that dies while nobody asks is noticed too."""
+    chat: dict[str, Any] = {
+        "model": "mini-sglang",
+        "messages": [{"role": "user", "content": "What is a radix cache?"}],
+        "temperature": 0.0,
+        "max_tokens": 20,
+    }
+    with serving(tmp_path / "logs", *PAIR) as server:
+        answers = [server.client.chat.completions.create(**chat) for _ in range(2)]
+        text = answers[0].choices[0].message.content
+        assert text is not None
+        assert "radix" in text.lower()
+        assert answers[1].choices[0].message.content == text
+        with pytest.raises(openai.BadRequestError):
+            server.client.chat.completions.create(**{**chat, "max_tokens": 10**6})
+        assert server.client.chat.completions.create(**chat).choices[0].message.content == text
+        leader, worker = ranks_of(server)
+        for number, seconds in ((signal.SIGSTOP, 6), (signal.SIGCONT, 1)):
+            for pid in (server.process.pid, leader, worker):
+                os.kill(pid, number)
+            time.sleep(seconds)
+        assert server.client.chat.completions.create(**chat).choices[0].message.content == text
+        start = time.monotonic()
+        os.kill(worker, signal.SIGKILL)
+        assert server.process.wait(15) == 1
+        assert time.monotonic() - start < 4
+        assert server.stderr.splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_is_lost_in_the_middle_of_an_answer(tiny: Path, tmp_path: Path, number: int) -> None:
+    said, limit = ("killed by SIGKILL", 5) if number == signal.SIGKILL else ("rank 1 is stopped", 13)
+    with serving(tmp_path / "logs", tiny, "--model-name", "tiny", *PAIR) as server:
+        stream = server.client.completions.create(stream=True, **LONG)
+        next(stream)
+        _, worker = ranks_of(server)
+        start = time.monotonic()
+        os.kill(worker, number)
+        with pytest.raises(openai.APIError, match=said):
+            list(stream)
+        assert server.process.wait(15) == 1
+        assert time.monotonic() - start < limit
+        assert said in server.stderr.splitlines()[-1]
+
+
+def test_the_engine_process_is_stopped(tiny: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "logs", tiny, *PAIR) as server:
+        start = time.monotonic()
+        os.kill(server.engine_pids()[0], signal.SIGSTOP)
+        assert server.process.wait(15) == 1
+        assert time.monotonic() - start < 13
+        assert "the engine process is stopped" in server.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_in_the_middle_of_an_answer(tiny: Path, tmp_path: Path) -> None:
+    """All processes get the signal, as from a terminal."""
+    with serving(tmp_path / "logs", tiny, "--model-name", "tiny", *PAIR) as server:
+        stream = server.client.completions.create(stream=True, **LONG)
+        next(stream)
+        for pid in [server.process.pid, *ranks_of(server)]:
+            os.kill(pid, signal.SIGINT)
+        with pytest.raises(openai.APIError):
+            list(stream)
+        assert server.process.wait(15) == 0
+        assert "error" not in server.stderr
+
+
+def test_torchrun(tiny: Path, tmp_path: Path) -> None:
+    """Rank 0 serves; the others compute. A signal to torchrun ends them all."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "minisgl.launch", str(tiny), "--port", "0", "--model-name", "tiny", *PAIR]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with (tmp_path / "stdout").open("wb") as stdout, (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+    server = RunningServer(process, tmp_path)
+    try:
+        server.wait_ready()
+        pids = server.descendants()
+        assert len(server.engine_pids()) == 1
+        status, answer = server.request(
+            "POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
+        )
+        assert status == 200, json.dumps(answer)
+        process.terminate()
+        process.wait(30)
+        assert gone_within(pids, 5)
+    finally:
+        for pid in filter(alive, [process.pid, *server.descendants()]):
+            os.kill(pid, signal.SIGKILL)
