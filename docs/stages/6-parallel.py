@@ -206,7 +206,10 @@ layer_names = {
 # %% tags=["hide-input"]
 RANKS = (BLUE, ORANGE, GREEN, PURPLE)
 figure, axis = canvas(8, 3.6)
-left, after = 0, {"embedding, head": "", "qkv": "→ attention →", "o": "→ sum →", "gate-up": "→ SiLU · up →"}
+left, after = (
+    0,
+    {"embedding, head": "→ sum →", "qkv": "→ attention →", "o": "→ sum →", "gate-up": "→ SiLU · up →"},
+)
 for title, names in layer_names.items():
     columns = tensor_shapes(config)[names[0] + ".weight"][1]
     top = 0
@@ -221,17 +224,17 @@ for title, names in layer_names.items():
             )
         axis.add_patch(Rectangle((left, top), columns, rows, fill=False, edgecolor=GREY, linewidth=1.2))
         if len(names) > 1:
-            axis.text(left + columns / 2, top + rows / 2, name.split(".")[-1][:-5], ha="center", va="center")
+            axis.text(left + columns / 2, top + rows / 4, name.split(".")[-1][:-5], ha="center", va="center")
         top += rows
-    axis.text(left + columns / 2, -190, title, ha="center", weight="bold")
+    axis.text(left + columns / 2, -190, title, ha="center", weight="bold", fontsize=9)
     axis.text(left + columns / 2, -60, f"[{top:,}, {columns}]", ha="center", fontsize=8)
-    gap = 520 if after.get(title) else 150
-    axis.text(left + columns + gap / 2, 110, after.get(title, "→ sum"), ha="center", fontsize=8)
+    gap = 560
+    axis.text(left + columns + gap / 2, 110, after.get(title, "→ sum →"), ha="center", fontsize=8)
     left += columns + gap
 for rank in range(2):
-    axis.add_patch(Rectangle((2800, 1750 + 170 * rank), 100, 110, facecolor=RANKS[rank], alpha=0.8))
-    axis.text(2940, 1840 + 170 * rank, f"rank {rank}")
-axis.set_xlim(-20, left + 150)
+    axis.add_patch(Rectangle((3700, 1500 + 200 * rank), 120, 130, facecolor=RANKS[rank], alpha=0.8))
+    axis.text(3880, 1620 + 200 * rank, f"rank {rank}")
+axis.set_xlim(-250, left)
 axis.set_ylim(2080, -330)
 axis.set_aspect("equal")
 axis.axis("off")
@@ -499,6 +502,16 @@ def a_rank(rank, size, folder, options):
                 step(f"{round}{number}")
                 number += 1
     trace.export_chrome_trace(f"{folder}/trace{rank}.json")
+    alone = {}
+    for numbers in (4 * 256, 48 * 256):  # of a decode step and of the prefill above, in float64
+        x, times = torch.ones(numbers, dtype=torch.float64), []
+        for _ in range(200):
+            start = time.perf_counter()
+            communicator.all_reduce(x.fill_(1.0))
+            times.append(1000 * (time.perf_counter() - start))
+        assert torch.equal(x, torch.full_like(x, size))
+        alone[8 * numbers] = sorted(times)[100]
+    steps.append({"name": "alone", "ms": alone})
     with open(f"{folder}/steps{rank}.json", "w") as file:
         json.dump(steps, file)
     torch.distributed.destroy_process_group()
@@ -589,14 +602,27 @@ table(
 # those rows only that sample. Each all-reduce carries `8 * 256` bytes a position: its hidden state, and not
 # one byte more for a longer context. Keys and values never leave their rank.
 #
+# And alone, without an engine or a profiler? The median of 200 all-reduces of these sizes:
+
+# %% tags=["hide-input"]
+table(
+    ["bytes", *(f"rank {rank}, ms" for rank in range(2))],
+    [
+        (f"{int(size):,}", *(f"{rank[-1]['ms'][size]:.3f}" for rank in all_steps))
+        for size in all_steps[0][-1]["ms"]
+    ],
+    "rrr",
+)
+
+# %% [markdown]
 # A rank's time in a collective includes waiting for the other to come. For each collective the shorter of the
 # two times is that of the rank that came last, and *both there* adds these up. The rest was waiting. (The
-# profiler slows all of this down; so do only two cores.) The last decode step of the table, as both ranks saw
-# it:
+# profiler slows all of this down; so do only two cores.) The shortest of the decode steps, as both
+# ranks saw it:
 
 # %% tags=["hide-input"]
 figure, axis = canvas(8, 2.3)
-shown = steps[0][3]
+shown = min(steps[0][1:8], key=lambda step: step["ms"])
 marks = [next(s for s in spans[rank] if s[0] == f"step: {shown['name']}") for rank in range(2)]
 zero = min(start for _, start, _ in marks)
 for rank, (_, start, length) in enumerate(marks):
@@ -894,13 +920,15 @@ for line, batch in zip(axes, (1, 256), strict=True):
         c = configs[name]
         for place, size in enumerate(SIZES):
             if not fits(c, batch, CONTEXT, size):
-                axis.text(place, 0, "does\nnot fit", ha="center", va="bottom", fontsize=7)
+                axis.text(place, 0, " does not fit", ha="center", va="bottom", fontsize=7, rotation=90)
                 continue
             bottom = 0.0
             for part, colour in zip(decode(c, batch, CONTEXT, size), (BLUE, TEAL, RED), strict=True):
                 axis.bar(place, 1000 * part, 0.7, bottom=bottom, color=colour)
                 bottom += 1000 * part
         axis.set_xticks(range(4), SIZES)
+        axis.set_xlim(-0.6, 3.6)
+        axis.set_ylim(0, 1.08 * axis.dataLim.ymax)
         axis.set_title(f"{name}\n{batch} row{'s' if batch > 1 else ''}", fontsize=8)
 for axis in axes[:, 0]:
     axis.set_ylabel("ms a step")
@@ -965,6 +993,7 @@ table(
     "lrrrrrr",
 )
 balance = H200.flops / H200.bandwidth
+assert round(balance) == 184
 print(f"from {balance:.0f} rows on, products take longer than to read their weights")
 assert best["qwen3-0.6b", 512] == 1
 assert best["llama-3.1-8b", 64] == 8
@@ -1055,6 +1084,6 @@ table(["measured on", ""], [*machine(), ("model", "built-in, float64"), ("comman
 # - The [glossary](../glossary.md) has the new words.
 #
 # [^megatron]: M. Shoeybi et al., *Megatron-LM: Training Multi-Billion Parameter Language Models Using Model
-# Parallelism*, 2019.
+#     Parallelism*, 2019.
 # [^sequence]: V. Korthikanti et al., *Reducing Activation Recomputation in Large Transformer Models*, MLSys
-# 2023.
+#     2023.
