@@ -168,6 +168,9 @@ class Engine(Protocol):
     def step(self) -> list[TokenOutput]:
         """Do one unit of work and return the tokens that it brought, possibly none."""
 
+    def close(self) -> None:
+        """End what it started, such as processes; the last call."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -188,6 +191,12 @@ class EngineConfig:
     )
     max_context: int | None = field(
         default=None, metadata={"help": "cap the context length, in tokens, below what the model allows"}
+    )
+    random_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "random weights of the model's shape: only its config.json is read, to measure speed"
+        },
     )
 
 

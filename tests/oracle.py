@@ -139,7 +139,11 @@ def greedy_request(prompt: Sequence[int], steps: int, name: str = "greedy") -> R
 
 def from_engine(engine: Engine, prompt: Sequence[int], steps: int) -> OracleRun:
     """An engine's greedy run as the oracle of another's."""
-    outputs = run_engine(engine, [greedy_request(prompt, steps)])["greedy"]
+    return oracle_run(run_engine(engine, [greedy_request(prompt, steps)])["greedy"])
+
+
+def oracle_run(outputs: Sequence[TokenOutput]) -> OracleRun:
+    """What a `greedy_request` brought."""
     tops = [output.logprobs.top for output in outputs if output.logprobs is not None]
     return OracleRun(
         tokens=tokens_of(outputs),

@@ -237,7 +237,7 @@ table(["", "in use", "reserved", "nobody's", "requests at once", "steps in all"]
 # (The averages leave out the end, when at most two requests are left.) A request wastes less than one page,
 # and any free page will do for anyone. What nobody has in the lower map is kept back for those who run, or
 # too little for the next prompt. Page size is a trade: small pages waste less, large ones make shorter
-# tables and longer reads. `--page-size` takes 1, 16, 64 or 256.
+# tables and longer reads. `--page-size` takes 1, 16, 64, 128 or 256.
 #
 # ## Where a position lives
 #

@@ -338,27 +338,23 @@ for name, c, size in (("built-in", config, 3), ("qwen3-14b", configs["qwen3-14b"
 # %% [markdown]
 # ### Embedding and head
 #
-# Both are cut by tokens of the vocabulary. For the embedding a rank looks up the tokens it has, puts zeros
-# for the others, and again a sum makes it whole. The head gives each rank the logits of its tokens, so these
-# are not added but put side by side. All that stage 6 adds to the model is here:
+# Both are cut by tokens of the vocabulary. For the embedding a rank looks up the tokens it has and puts zeros
+# for the others, and again a sum makes it whole: the one at the beginning of the first `add_norm`. The head
+# gives each rank the logits of its tokens, so these are not added but put side by side. All that stage 6 adds
+# to the model is here:
 
 # %% tags=["hide-input"]
 show(parallel_ops)
 
 # %% [markdown]
 # `linear` and `mlp` need nothing: no sum comes before the next `add_norm`, which stage 1 put behind every
-# row-parallel product. The embedding, with a communicator that leaves each part as it is:
-
+# row-parallel product, and before the first of them. (`few_rows` we come to [below](#few-rows).) The parts of
+# an embedding, and of logits:
 
 # %%
-class Alone:
-    def all_reduce(self, x):
-        return x
-
-
 model = load_whole(PATH, config, torch.float64, cpu)
 shards = [Shard(rank, 2).load(PATH, config, torch.float64, cpu) for rank in range(2)]
-parts = [parallel_ops(Ops(), rank, Alone()).embed(ids, shard.embedding) for rank, shard in enumerate(shards)]
+parts = [parallel_ops(Ops(), rank, None).embed(ids, shard.embedding) for rank, shard in enumerate(shards)]
 found = [part.any(dim=1) for part in parts]  # the tokens that this rank has
 assert not (found[0] & found[1]).any()
 assert torch.equal(parts[0] + parts[1], F.embedding(ids, model.embedding))

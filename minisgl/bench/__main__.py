@@ -10,10 +10,12 @@ _COMMANDS = {
     "offline": "named workloads in this process, each beside the machine's limit",
     "stages": "the same workload through every stage",
     "ablate": "stage 5 with one part taken out at a time",
+    "kernels": "every fused kernel of stage 5 alone",
+    "collectives": "what the ranks of stage 6 say to each other, alone",
     "online": "load on any OpenAI-compatible server",
     "radix": "the radix tree alone",
     "compare": "two result files side by side",
-    "weights": "a model folder of a known shape with random weights, to serve without a download",
+    "weights": "a folder of a known shape, to serve with --random-weights and without a download",
 }
 
 
@@ -47,6 +49,16 @@ def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
         offline.add_arguments(parser, rest, name)
         run = {"offline": offline.run_offline, "stages": offline.run_stages, "ablate": offline.run_ablate}
         return run[name](parser.parse_args(rest))
+    if name == "collectives":
+        from minisgl.bench import collectives
+
+        collectives.add_arguments(parser)
+        return collectives.run(parser.parse_args(rest))
+    if name == "kernels":
+        from minisgl.bench import kernels
+
+        kernels.add_arguments(parser)
+        return kernels.run(parser.parse_args(rest))
     if name == "online":
         from minisgl.bench import online
 

@@ -3,8 +3,8 @@
 import argparse
 import gc
 import statistics
-import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,11 +16,11 @@ from tqdm import tqdm
 from minisgl import builtin
 from minisgl.bench.limits import Machine, least_seconds, measure_machine
 from minisgl.bench.record import environment, save
-from minisgl.bench.shapes import SHAPES, write_random
-from minisgl.bench.workloads import BATCHES, STORIES, Draw, Json, add, drain
+from minisgl.bench.shapes import SHAPES, write_config
+from minisgl.bench.workloads import BATCHES, STORIES, Draw, Json
 from minisgl.cli import add_engine_arguments
 from stages import LATEST, load_stage
-from stages.interface import Engine
+from stages.interface import Engine, EngineConfig
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.weights import pick_device, pick_dtype
 from stages.stage5_overlap.fused import KERNELS
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], command:
         help=f"several times for several (default: {'ladder' if every_stage else 'offline, one'})",
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each (default: 3)")
+    parser.add_argument(
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first run each once for its kernels to be compiled; does not count (default: on)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
     if ablate:
         choices = [name for name, changes in ABLATIONS.items() if changes]
@@ -121,8 +127,8 @@ def _model(args: argparse.Namespace) -> Iterator[Path]:
         yield find_model(args.model or str(builtin.PATH))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(f"writing random weights of {args.shape}'s shape", file=sys.stderr)
-        write_random(Path(folder), SHAPES[args.shape])
+        write_config(Path(folder), args.shape)
+        args.random_weights = True
         yield Path(folder)
 
 
@@ -146,39 +152,43 @@ class _Bench:
 
         `changes` are fields of the engine's configuration that make it `variant`.
         """
-        engine = self._build(stage, changes)
+        config = self._engine_config(stage, changes)
+        tp = getattr(config, "tp", 1)  # the others are one GPU's
+        about = {"stage": stage} | ({"variant": variant} if variant else {}) | ({"tp": tp} if tp > 1 else {})
+        engine = load_stage(stage).build(config)
         draw = Draw(stage, self._config.vocab_size)
-        for i in range(4):  # warm-up: kernels are compiled and memory is taken
-            add(engine, str(i), draw.tokens(64), 8)
-        drain(engine)
         results = []
         for name in names:
-            measured = self._batch if name in BATCHES else self._story
-            for result in measured(engine, draw, name):
-                results.append({"stage": stage} | ({"variant": variant} if variant else {}) | result)
+            first = _warm_up(engine, draw, name) if self._args.warm_up else {}
+            batch = name in BATCHES
+            measured = self._batch(engine, draw, name, tp) if batch else self._story(engine, draw, name)
+            for result in measured:
+                results.append(about | result | first)
                 print(_line(results[-1]), flush=True)
+        engine.close()
         del engine
         gc.collect()
         torch.cuda.empty_cache()
         return results
 
-    def _build(self, stage: int, changes: dict[str, object]) -> Engine:
+    def _engine_config(self, stage: int, changes: dict[str, object]) -> EngineConfig:
         module = load_stage(stage)
         known = {field.name for field in fields(module.EngineConfig)} - {"model"}
         given = {name: value for name, value in vars(self._args).items() if name in known}
         if stage != self._args.stage:  # flags that were not given have the defaults of another stage
             defaults = {f.name: f.default for f in fields(load_stage(self._args.stage).EngineConfig)}
             given = {name: value for name, value in given.items() if value != defaults[name]}
-        return module.build(module.EngineConfig(model=str(self._folder), **(given | changes)))
+        config: EngineConfig = module.EngineConfig(model=str(self._folder), **(given | changes))
+        return config
 
-    def _batch(self, engine: Engine, draw: Draw, name: str) -> Iterator[Json]:
+    def _batch(self, engine: Engine, draw: Draw, name: str, tp: int) -> Iterator[Json]:
         batch, runs, limits = BATCHES[name], list[Json](), list[float]()
         for _ in tqdm(range(self._args.repeats), desc=batch.about, unit="run", leave=False):
             load = batch.make(draw)
             runs.append(batch.run(engine, load))
             size = self._dtype.itemsize
             work = batch.work(load)
-            limits.append(least_seconds(self._config, size, self._machine, work, batch.in_turn))
+            limits.append(least_seconds(self._config, size, self._machine, work, batch.in_turn) / tp)
         seconds = statistics.median(run["seconds"] for run in runs)
         tokens, limit = runs[0]["tokens"], statistics.median(limits)
         yield {
@@ -196,6 +206,15 @@ class _Bench:
         for run in tqdm(range(self._args.repeats), desc=name, unit="run", leave=False):
             for result in STORIES[name](engine, draw):
                 yield result | {"run": run}
+
+
+def _warm_up(engine: Engine, draw: Draw, name: str) -> Json:
+    """What a workload takes at first, when kernels are compiled and memory is taken."""
+    if name in BATCHES:
+        return {"first_seconds": BATCHES[name].run(engine, BATCHES[name].make(draw))["seconds"]}
+    start = time.perf_counter()
+    list(STORIES[name](engine, draw))
+    return {"first_seconds": time.perf_counter() - start}
 
 
 def _line(result: Json) -> str:

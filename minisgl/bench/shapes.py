@@ -1,17 +1,13 @@
-"""Shapes of known models, and checkpoints of such a shape with random weights: nothing is downloaded."""
+"""Shapes of known models, and folders that name one: the engine makes its weights, nothing is downloaded."""
 
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from minisgl import builtin
-from stages.stage1_naive.config import ModelConfig
-from stages.stage1_naive.weights import tensor_shapes
 
 _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -66,9 +62,15 @@ def run(args: argparse.Namespace) -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     if (args.folder / "config.json").exists():
         raise ValueError(f"{args.folder} holds a model already: name a new folder")
-    write_random(args.folder, SHAPES[args.shape])
+    write_config(args.folder, args.shape)
     write_tokenizer(args.folder, SHAPES[args.shape]["vocab_size"])
+    print(f"serve it with: python -m minisgl.launch {shlex.quote(str(args.folder))} --random-weights")
     return 0
+
+
+def write_config(folder: Path, name: str) -> None:
+    """All that an engine with random weights reads."""
+    (folder / "config.json").write_text(json.dumps(SHAPES[name]))
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -80,17 +82,3 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     known = {*vocab.values(), *(added["id"] for added in tokenizer["added_tokens"])}
     vocab |= {f"<{i}>": i for i in range(vocab_size) if i not in known}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-def write_random(folder: Path, shape: dict[str, Any]) -> None:
-    """A model folder in Hugging Face format: weights from a normal distribution of 0.02, norms of ones."""
-    (folder / "config.json").write_text(json.dumps(shape))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    files = {}
-    for name, size in tensor_shapes(ModelConfig.load(folder)).items():
-        drawn = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-        weight = torch.ones(size) if len(size) == 1 else drawn * 0.02
-        files[name] = f"{name}.safetensors"  # one each: a large model fits the host's memory
-        save_file({name: weight.to("cpu", torch.bfloat16)}, folder / files[name])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))

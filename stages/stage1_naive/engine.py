@@ -10,7 +10,7 @@ from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.limits import Limits
 from stages.stage1_naive.model import Attend, Ops, Transformer
 from stages.stage1_naive.sampling import SamplingBatch, sample
-from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype
+from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype, random_reader
 
 __all__ = ["EngineConfig", "NaiveEngine", "build"]
 
@@ -26,7 +26,10 @@ def build(config: EngineConfig) -> Engine:
     limits = Limits.of(model_config, config.max_context)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, model_config, device)
-    read = Checkpoint(path, model_config).read
+    if config.random_weights:
+        read = random_reader(model_config, device, dtype)
+    else:
+        read = Checkpoint(path, model_config).read
     model = load_model(model_config, Ops(), read, dtype, device)
     attend = NaiveAttention(QKV(model_config, rope_table(model_config, limits.context_length, device)))
     return NaiveEngine(model, attend, limits)
@@ -81,6 +84,9 @@ class NaiveEngine:
         if output.finish_reason is not None:
             del self._queue[sequence.request.id]
         return [output]
+
+    def close(self) -> None:
+        pass
 
     @torch.inference_mode()
     def _next_token(self, sequence: _Sequence) -> TokenOutput:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Layer, Ops, Transformer
 
-Read = Callable[[str], Tensor]  # a tensor of the checkpoint by name; stage 6 reads its slice of it
+Read = Callable[[str], Tensor]  # a tensor by name: the checkpoint's, stage 6's slice of it, or a random one
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,6 +153,23 @@ def _check_names(path: Path, config: ModelConfig, names: set[str]) -> None:
     ]
     if problems:
         raise ValueError(f"the tensors in {path} do not fit its config.json: {'; '.join(problems)}")
+
+
+def random_reader(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Read:
+    """Draws what others read: matrices from a normal distribution of 0.02, and all ones for vectors.
+
+    A name and a seed always bring the same numbers. They are drawn where they stay, in `dtype`: a large model
+    needs room for its weights and nothing else.
+    """
+    shapes, generator = tensor_shapes(config), torch.Generator(device)
+
+    def read(name: str) -> Tensor:
+        tensor = torch.ones(shapes[name], device=device, dtype=dtype)
+        if tensor.dim() > 1:
+            tensor.normal_(0, 0.02, generator=generator.manual_seed(crc32(name.encode(), seed)))
+        return tensor
+
+    return read
 
 
 def load_model(

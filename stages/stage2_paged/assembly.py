@@ -16,7 +16,7 @@ from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.limits import Limits
 from stages.stage1_naive.model import Ops, Transformer
 from stages.stage1_naive.sampling import sample
-from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype
+from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype, random_reader
 from stages.stage2_paged.attention.backend import PagedAttention
 from stages.stage2_paged.attention.choice import choose, make_backend, pick_page_size
 from stages.stage2_paged.inputs import Slots
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 MakeScheduler = Callable[[RequestTable, int], AnyScheduler]
 MakeRunner = Callable[[Any, "Loaded", int], Runner]  # (config, model, pages)
-LoadModel = Callable[[Path, ModelConfig, torch.dtype, torch.device], Transformer]  # of a folder
+# (folder, what its config.json says, dtype, device, whether the weights are random)
+LoadModel = Callable[[Path, ModelConfig, torch.dtype, torch.device, bool], Transformer]
 
 _ADVICE = "lower prefill_budget, max_rows or max_context"
 _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memory
@@ -46,7 +47,8 @@ class EngineConfig(interface.EngineConfig):
         metadata={"help": "PREFILL[,DECODE]: torch, flash_attn or flashinfer; else the fastest for the GPU"},
     )
     page_size: int | None = field(
-        default=None, metadata={"help": "tokens in a page of the KV cache: 1, 16, 64 or 256; else what suits"}
+        default=None,
+        metadata={"help": "tokens in a page of the KV cache: 1, 16, 64, 128 or 256; else what suits"},
     )
     num_pages: int | None = field(default=None, metadata={"help": "pages of the KV cache; else measured"})
     memory_fraction: float = field(
@@ -87,9 +89,12 @@ class Loaded:
         return PagedKVCache.bytes_per_page(self.model.config, self.page_size, self.dtype)
 
 
-def load_whole(path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """All weights of a folder."""
-    return load_model(config, Ops(), Checkpoint(path, config).read, dtype, device)
+def load_whole(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, random: bool = False
+) -> Transformer:
+    """All weights of a folder, or `random` ones."""
+    read = random_reader(config, device, dtype) if random else Checkpoint(path, config).read
+    return load_model(config, Ops(), read, dtype, device)
 
 
 def load(config: EngineConfig, load_model: LoadModel = load_whole) -> Loaded:
@@ -105,7 +110,7 @@ def load(config: EngineConfig, load_model: LoadModel = load_whole) -> Loaded:
     attention = choose(config.attention, device, dtype)
     page_size = pick_page_size(config.page_size, attention)
     limits = Limits.of(model_config, config.max_context)
-    model = load_model(path, model_config, dtype, device)
+    model = load_model(path, model_config, dtype, device, config.random_weights)
     return Loaded(model, limits, attention, page_size, dtype, device)
 
 

@@ -57,3 +57,6 @@ class PagedEngine:
     def step(self) -> list[TokenOutput]:
         batch = self._scheduler.schedule()
         return self._table.commit(batch, self._runner.launch(batch).wait()) if batch else []
+
+    def close(self) -> None:
+        self._runner.close()

@@ -54,6 +54,9 @@ class Runner(Protocol):
     def launch(self, batch: Batch) -> Pending:
         """Queue a batch on the device and return at once."""
 
+    def close(self) -> None:
+        """Let go of what libraries count on; nothing is launched afterwards."""
+
 
 class ModelRunner:
     """Launches the model's operations one by one."""
@@ -73,3 +76,6 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, step.samples)
         self._slots.remember(step.samples.slots, sampled.tokens)
         return Pending(batch, sampled)
+
+    def close(self) -> None:
+        pass

@@ -29,7 +29,7 @@ from stages.stage5_overlap.fused import (
     make_ops,
     plain_preparation,
 )
-from stages.stage5_overlap.graph_runner import GraphRunner, graph_sizes
+from stages.stage5_overlap.graph_runner import GraphRunner, VocabularyShare, graph_sizes
 from stages.stage5_overlap.trace import trace_engine
 
 
@@ -73,15 +73,16 @@ def assemble(
     loaded: Loaded,
     wrap: Callable[[Ops], Ops] | None = None,
     agree: Callable[[int], int] = lambda num_pages: num_pages,
+    share: VocabularyShare | None = None,
 ) -> Engine:
     """The engine of a loaded model. `wrap` may put more around its operations, and `agree` lower the number
-    of pages that was measured."""
+    of pages that was measured; `share` is what the model has of the vocabulary, if not all."""
     fused = choose_kernels(config.fused, loaded.model.config, loaded.device, loaded.dtype)
     ops = make_ops(fused)
     if wrap is not None:
         ops, fused = wrap(ops), fused - {"layer"}  # whose kernels leave no place between product and sum
     loaded = replace(loaded, model=replace(loaded.model, ops=ops))
-    make = partial(make_runner, fused=fused)
+    make = partial(make_runner, fused=fused, share=share)
     measured = measure_pages(config, loaded, ChunkedScheduler, make)  # with the graphs, which take memory
     num_pages = agree(measured)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
@@ -94,7 +95,13 @@ def assemble(
     return trace_engine(engine, Path(config.trace)) if config.trace else engine
 
 
-def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int, fused: frozenset[str]) -> Runner:
+def make_runner(
+    config: EngineConfig,
+    loaded: Loaded,
+    num_pages: int,
+    fused: frozenset[str],
+    share: VocabularyShare | None = None,
+) -> Runner:
     """A cache of `num_pages`, all that computes with it, and graphs where there can be."""
     model, pdl = loaded.model, has_dependent_launch()
     draw: Draw = sample
@@ -122,7 +129,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int, fused: fro
     if decode is None or not config.graphs:
         return eager
     sizes = graph_sizes(config.max_rows)
-    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes, fused)
+    return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes, fused, share)
 
 
 class OverlapEngine:
@@ -163,3 +170,6 @@ class OverlapEngine:
         batch, before = self._scheduler.schedule(), self._under_way
         self._under_way = (batch, self._runner.launch(batch)) if batch else None
         return self._table.commit(before[0], before[1].wait()) if before else []
+
+    def close(self) -> None:
+        self._runner.close()

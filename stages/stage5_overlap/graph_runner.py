@@ -3,9 +3,11 @@
 import bisect
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,8 +30,17 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     packed: Tensor  # [columns, R] int32
-    logits: Tensor  # [R, V]
+    logits: Tensor  # [R, V], or this rank's share of V
     tokens: Tensor  # [R] int64
+
+
+@dataclass(frozen=True)
+class VocabularyShare:
+    """The tokens from `first` on that this process has logits of; others have the others. `gather` puts
+    [R, n] of each side by side."""
+
+    first: int
+    gather: Callable[[Tensor], Tensor]
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -53,6 +64,7 @@ class GraphRunner:
         slots: Slots,
         sizes: list[int],
         fused: frozenset[str],
+        share: VocabularyShare | None = None,
     ) -> None:
         self._eager = eager
         self._model = model
@@ -61,6 +73,7 @@ class GraphRunner:
         self._slots = slots
         self._sizes = sizes
         self._fused = fused
+        self._share = share if "sampling" in fused else None  # else the model's head gathers
         self._padding = len(slots.newest) - 1
         self._pool = torch.cuda.graph_pool_handle()
         columns = _OWN + sampler.columns
@@ -83,9 +96,16 @@ class GraphRunner:
         if all(_is_plain(row) for row in rows):
             return Pending(batch, Sampled(graph.tokens[: len(rows)]))
         inputs = self._sampler.unpack(rows, graph.packed[_OWN:, : len(rows)].reshape(-1))
-        sampled = self._sampler.sample(graph.logits[: len(rows)], inputs)
+        logits = graph.logits[: len(rows)]
+        sampled = self._sampler.sample(self._share.gather(logits) if self._share else logits, inputs)
         self._slots.remember(inputs.slots, sampled.tokens)
         return Pending(batch, sampled)
+
+    def close(self) -> None:
+        """A library whose operations are in a graph may wait for the graph's end, as NCCL does."""
+        for graph in self._graphs.values():
+            graph.graph.reset()
+        self._graphs.clear()
 
     def _upload(self, rows: list[Row], packed: Tensor) -> None:
         """Pack rows and padding, and copy them to where the graph reads. Waits for the copy before last."""
@@ -116,12 +136,13 @@ class GraphRunner:
         self._step(packed)  # compiles what is not compiled
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads ask of the device meanwhile, as NCCL's do, has no part in it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, tokens = self._step(packed)
         return _Graph(graph, packed, logits, tokens)
 
     def _step(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of as many rows as `packed` [columns, R] has: logits [R, V] and tokens [R]."""
+        """One step of as many rows as `packed` [columns, R] has: the graph's logits and tokens."""
         from stages.stage5_overlap.kernels.linear import MOST_ROWS
         from stages.stage5_overlap.kernels.rows import unpack
 
@@ -138,13 +159,17 @@ class GraphRunner:
             hidden = hidden_of_few(self._model, token_ids, positions, attend, pdl)
         else:
             hidden = self._model.hidden(token_ids, positions, attend)
-        logits = self._model.logits(hidden)
+        share = self._share
+        logits = F.linear(hidden, self._model.head) if share else self._model.logits(hidden)
         if "sampling" in self._fused:
             from stages.stage5_overlap.kernels.sampling import draw
 
             slot, position, low, high, _, heat = packed[_OWN : _OWN + 6]
             tokens = torch.empty_like(token_ids)
-            draw(logits, heat.view(torch.float32), low, high, position, None, tokens, slots.newest, slot, pdl)
+            draw(
+                logits, heat.view(torch.float32), low, high, position, None, tokens, slots.newest, slot, pdl,
+                first=share.first if share else 0, gather=share.gather if share else None,
+            )  # fmt: skip
             return logits, tokens
         inputs = self._sampler.unpack([], packed[_OWN:].reshape(-1))
         sampled = self._sampler.sample(logits, inputs)

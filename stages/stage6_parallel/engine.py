@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,11 +15,13 @@ import torch
 
 from stages.interface import Engine, EngineFailed, Request, Statistics, TokenOutput
 from stages.stage1_naive.config import ModelConfig, find_model
-from stages.stage2_paged.assembly import load
+from stages.stage2_paged.assembly import Loaded, load
 from stages.stage5_overlap import engine as stage5
-from stages.stage6_parallel.communicator import Communicator
+from stages.stage5_overlap.fused import choose_kernels, has_dependent_launch
+from stages.stage5_overlap.graph_runner import VocabularyShare
+from stages.stage6_parallel.communicator import Communicator, FewRows
 from stages.stage6_parallel.launcher import Place, check_world, join
-from stages.stage6_parallel.link import Follower, Leader, Step, digest
+from stages.stage6_parallel.link import Follower, Leader, Step, digest, portable
 from stages.stage6_parallel.ops import parallel_ops
 from stages.stage6_parallel.sharding import Shard, check_divisible
 from stages.stage6_parallel.watch import SERVING
@@ -31,6 +34,10 @@ class EngineConfig(stage5.EngineConfig):
     """As before, for one or more ranks."""
 
     tp: int = field(default=1, metadata={"help": "tensor parallelism: GPUs (or processes) to a model"})
+    one_shot: bool = field(
+        default=True,
+        metadata={"help": "all-reduce few rows by reading the other GPUs' memory, not with NCCL"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,19 +66,19 @@ def build(config: EngineConfig) -> Engine:
 
 
 def _lead(config: EngineConfig, place: Place) -> Engine:
+    leader = Leader(place)
+    last = [leader.close]  # what ends it all, in this order
     with ExitStack() as end:
-        leader = Leader(place)
-        end.callback(leader.close)
+        end.callback(lambda: [step() for step in last])
         with leader.watch.guard():
             leader.wait_for_ranks()
             communicator = connect(config, place)
-            end.callback(communicator.close)
+            last.append(communicator.close)
             leader.watch.release = communicator.abort
             engine = build_rank(config, place, communicator)
+        last.insert(1, engine.close)  # NCCL does not leave before the graphs have gone
         leader.watch.patience = SERVING
-        parallel = ParallelEngine(engine, leader)
-        weakref.finalize(parallel, end.pop_all().close)  # when the process ends at the latest
-    return parallel
+        return ParallelEngine(engine, leader, end.pop_all().close)
 
 
 def _follow(config: EngineConfig, place: Place) -> NoReturn:
@@ -81,11 +88,17 @@ def _follow(config: EngineConfig, place: Place) -> NoReturn:
         engine = build_rank(config, place, communicator)
         built = True
         follow(engine, follower)
-        communicator.close()
+        _leave(0)
     except Exception as error:
         follower.report(error, refused=isinstance(error, ValueError) and not built)
-        sys.exit(1)
-    sys.exit(0)
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """At once: libraries that clean up at the end of a process would wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def connect(config: EngineConfig, place: Place) -> Communicator:
@@ -102,10 +115,32 @@ def build_rank(config: EngineConfig, place: Place, communicator: Communicator) -
         config = _share_device(config, place)
     shard = Shard(place.rank, place.size)
     loaded = load(config, shard.load)
+    if alone:
+        communicator.few_rows = _connect_few_rows(config, place, loaded, communicator)
     wrap = partial(parallel_ops, rank=place.rank, communicator=communicator)
-    engine = stage5.assemble(config, loaded, wrap, agree=communicator.smallest)
+    share = VocabularyShare(place.rank * len(loaded.model.head), communicator.all_gather)
+    engine = stage5.assemble(config, loaded, wrap, communicator.smallest, share)
     communicator.smallest(0)  # everyone is ready
     return engine
+
+
+def _connect_few_rows(
+    config: EngineConfig, place: Place, loaded: Loaded, communicator: Communicator
+) -> FewRows | None:
+    """What all-reduces a decode step's rows, if the ranks are GPUs of one machine with a kernel for it."""
+    model, device, dtype = loaded.model.config, loaded.device, loaded.dtype
+    fused = choose_kernels(config.fused, model, device, dtype)
+    if not config.one_shot or "norm" not in fused or place.local_size < place.size:
+        return None
+    from stages.stage6_parallel import one_shot
+
+    pdl = has_dependent_launch()
+    few = one_shot.connect(place.rank, place.size, config.max_rows, model.hidden_size, dtype, device, pdl)
+    if communicator.smallest(few is not None):
+        return few
+    if place.rank == 0:
+        logger.warning("the GPUs cannot read each other's memory: NCCL does all collectives")
+    return None
 
 
 def _share_device(config: EngineConfig, place: Place) -> EngineConfig:
@@ -136,11 +171,13 @@ class ParallelEngine:
 
     An engine depends on nothing but the calls made to it, so all schedule the same batches, and all sample
     the same tokens, from the same gathered logits. One message a step is all that the scheduling needs.
+    `end` is called once: by `close`, or when nobody has this object any more.
     """
 
-    def __init__(self, engine: Engine, link: Leader) -> None:
+    def __init__(self, engine: Engine, link: Leader, end: Callable[[], object]) -> None:
         self._engine = engine
         self._link = link
+        self._end = weakref.finalize(self, end)
         self._calls: list[Request | str] = []  # since the last step
         self._digest = b""
 
@@ -159,6 +196,7 @@ class ParallelEngine:
 
     def add(self, request: Request) -> None:
         self._link.watch.check()
+        request = portable(request)
         self._engine.add(request)  # what it refuses the others never hear of
         self._calls.append(request)
 
@@ -173,3 +211,6 @@ class ParallelEngine:
             outputs = self._engine.step()
         self._digest = digest(outputs, self._engine.statistics)
         return outputs
+
+    def close(self) -> None:
+        self._end()

@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from stages.interface import EngineFailed, Request, Statistics, TokenOutput
+from stages.interface import EngineFailed, Request, RequestRefused, Statistics, TokenOutput
 from stages.stage6_parallel.launcher import Place
 from stages.stage6_parallel.watch import Report, Watch, watch_rank_0
 
 _STEPS, _WATCH = "minisgl/steps", "minisgl/watch"  # where rank 0 listens, in the store
 _LINGER_MS = 1000
+_SUBSCRIBED = b"\x01"  # what ZeroMQ says then
 
 
 class Step(msgspec.Struct):
@@ -23,6 +24,23 @@ class Step(msgspec.Struct):
 
     calls: list[Request | str]  # a request to add, or the id of one to abort
     digest: bytes
+
+
+def portable(request: Request) -> Request:
+    """The same request in plain numbers and lists, as all ranks will have it.
+
+    Raises:
+        RequestRefused: something in it is neither.
+    """
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(request, enc_hook=_plain), type=Request)
+    except (TypeError, ValueError) as error:
+        raise RequestRefused(f"request {request.id!r} cannot be sent to the other ranks: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and PyTorch's numbers and arrays know how; any other sequence of tokens is a list."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
 
 
 def digest(outputs: Sequence[TokenOutput], statistics: Statistics) -> bytes:
@@ -35,34 +53,35 @@ class Leader:
     """Rank 0's end of the link."""
 
     def __init__(self, place: Place) -> None:
-        local = socket.gethostbyname(place.host).startswith("127.")
         self._context = zmq.Context()
         self._others = place.size - 1
-        self._steps = self._bind(zmq.XPUB, place, local, _STEPS)
-        watched = self._bind(zmq.ROUTER, place, local, _WATCH)
+        self._steps = self._bind(zmq.XPUB, place, _STEPS)
+        watched = self._bind(zmq.ROUTER, place, _WATCH)
         self.watch = Watch(watched, range(1, place.size), place.children)
 
-    def _bind(self, kind: int, place: Place, local: bool, key: str) -> "zmq.Socket[bytes]":
+    def _bind(self, kind: int, place: Place, key: str) -> "zmq.Socket[bytes]":
         bound: zmq.Socket[bytes] = self._context.socket(kind)
         bound.set_hwm(0)  # no step is ever dropped
         bound.linger = _LINGER_MS
         if kind == zmq.XPUB:
             bound.setsockopt(zmq.XPUB_VERBOSE, 1)  # each rank that listens is a message
-        bound.bind(f"tcp://{'127.0.0.1' if local else '*'}:*")
+        # a machine's own name may be a loopback address, so that is not what tells whether all are here
+        bound.bind(f"tcp://{socket.gethostbyname(place.host) if place.local_size == place.size else '*'}:*")
         port = bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
         place.store.set(key, f"tcp://{place.host}:{port}")
         return bound
 
     def wait_for_ranks(self) -> None:
         """Until each of them listens; call it in the guard of `watch`."""
-        for _ in range(self._others):
-            while not self._steps.poll(100):
-                self.watch.check()
-            self._steps.recv()
+        missing = self._others
+        while missing:
+            self.watch.check()
+            if self._steps.poll(100):
+                missing -= 1 if self._steps.recv().startswith(_SUBSCRIBED) else -1
 
     def send(self, step: Step) -> None:
         """To all ranks; does not wait for them."""
-        self._steps.send(msgspec.msgpack.encode(step, enc_hook=list))  # any sequence of tokens is a list
+        self._steps.send(msgspec.msgpack.encode(step))
 
     def close(self) -> None:
         """Let the others go, and end those that were started here."""

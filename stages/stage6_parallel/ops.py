@@ -16,16 +16,18 @@ def parallel_ops(ops: Ops, rank: int, communicator: Communicator) -> Ops:
     """
 
     def embed(ids: Tensor, weight: Tensor) -> Tensor:
-        """`ids` [T], `weight` [V / size, H] -> [T, H]: a rank finds its own tokens; others are 0."""
+        """`ids` [T], `weight` [V / size, H] -> [T, H]: this rank's tokens, and 0 for those of others."""
         local = ids - rank * len(weight)
         mine = (local >= 0) & (local < len(weight))
         x = ops.embed(torch.where(mine, local, 0), weight)
-        return communicator.all_reduce(x.masked_fill_(~mine.unsqueeze(1), 0))
+        return x.masked_fill_(~mine.unsqueeze(1), 0)
 
     def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Without a residual `x` is the embedding, which is whole already; else a row-parallel product."""
-        x = x if residual is None else communicator.all_reduce(x)
-        return ops.add_norm(x, residual, weight, eps)
+        """`x` [T, H] is a rank's part, of the embedding or of a row-parallel product."""
+        few = communicator.few_rows
+        if few is not None and len(x) <= few.most_rows:
+            return few.add_norm(x, residual, weight, eps)
+        return ops.add_norm(communicator.all_reduce(x), residual, weight, eps)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         """`hidden` [R, H], `weight` [V / size, H] -> [R, V]."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Ops, Transformer
-from stages.stage1_naive.weights import Checkpoint, Read, load_model, tensor_shapes
+from stages.stage1_naive.weights import Checkpoint, Read, load_model, random_reader, tensor_shapes
 
 
 def check_divisible(config: ModelConfig, size: int) -> None:
@@ -91,10 +91,15 @@ class Shard:
         start = self.rank * whole // self.size // part * part
         return start, start + part
 
-    def load(self, path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-        """This rank's part of a model. Its config has the vocabulary's whole size again, as whoever samples
-        needs it; the other sizes are the part's."""
+    def load(
+        self, path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, random: bool = False
+    ) -> Transformer:
+        """This rank's part of a model, or `random` weights of that shape. Its config has the vocabulary's
+        whole size again, as whoever samples needs it; the other sizes are the part's."""
         cut = self.cut(config)
-        read = self.reader(Checkpoint(path, config), config)
+        if random:
+            read = random_reader(cut, device, dtype, seed=self.rank)
+        else:
+            read = self.reader(Checkpoint(path, config), config)
         model = load_model(cut, Ops(), read, dtype, device, progress=self.rank == 0)
         return replace(model, config=replace(cut, vocab_size=config.vocab_size))

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from subprocess import Popen
+from contextlib import contextmanager, suppress
+from subprocess import Popen, TimeoutExpired
 
 import msgspec
 import zmq
@@ -26,6 +26,7 @@ TICK_S = 0.5
 # every thread. Rank 0 may be a program of the user's that does so at any time.
 LOADING, SERVING, RANK_0 = 240, 16, 60
 _STUCK = 10  # ticks that the main thread gets to leave a step after a rank was lost
+_DYING_S = 5.0  # a driver may hold on to a process that was killed
 
 
 class Report(msgspec.Struct):
@@ -99,8 +100,8 @@ class Watch:
             if self._closed.wait(TICK_S):
                 return
             self._look()
+        threading.Thread(target=self.release, daemon=True).start()  # of its own: it may hang
         self._kill_children()
-        threading.Thread(target=self.release, daemon=True).start()  # of its own: it may hang as well
         stuck = 0
         while not self._closed.wait(TICK_S):
             self._receive(answer=str(self.failure))
@@ -152,7 +153,8 @@ class Watch:
         for child in self._children.values():
             child.kill()  # also one that is stopped
         for child in self._children.values():
-            child.wait()
+            with suppress(TimeoutExpired):
+                child.wait(_DYING_S)
 
 
 def watch_rank_0(socket: "zmq.Socket[bytes]", rank: int) -> None:

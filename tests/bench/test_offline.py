@@ -1,14 +1,17 @@
 """Every command of the tool on the CPU, with a tiny model; its numbers must add up."""
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minisgl.bench import limits, shapes, workloads
+from minisgl.bench import limits, offline, shapes, workloads
 from minisgl.bench.__main__ import main
 from minisgl.bench.limits import Machine, Work, least_seconds
 from minisgl.bench.shapes import SHAPES
@@ -61,6 +64,8 @@ def test_offline(
         assert result["tokens"] == 5 * 6
         assert sorted(result["all_seconds"])[1] == result["seconds"] > 0
         assert result["tokens_per_second"] == pytest.approx(30 / result["seconds"])
+        assert result["first_seconds"] > 0
+        assert "tp" not in result
         assert result["of_limit"] == pytest.approx(result["limit_seconds"] / result["seconds"])
         assert result["hit_rate"] == pytest.approx(4 * 32 / (5 * 52)), "no run knows the prompts of another"
 
@@ -187,15 +192,63 @@ def test_the_machine_is_measured() -> None:
     assert 1e8 < machine.bandwidth < 1e13
 
 
-def test_random_weights_make_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def measure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """A command's file, for a small shape and the load `tiny`."""
     small = shapes._QWEN3 | shapes._sizes(64, 96, 2, 8) | {"vocab_size": 500, "head_dim": 16}
     monkeypatch.setitem(SHAPES, "qwen3-8b", small)
-    flags = ["--shape", "qwen3-8b", "--workload", "tiny", "--repeats", "1", "--device", "cpu", "--out"]
+    monkeypatch.setattr(offline, "measure_machine", lambda *_: H200)
+    flags = ["--shape", "qwen3-8b", "--workload", "tiny", "--repeats", "2", "--device", "cpu"]
     file = tmp_path / "x.json"
-    assert run(capsys, "offline", *flags, file)[0] == 0
-    assert json.loads(file.read_text())["model"] == "qwen3-8b's shape, random weights"
+
+    def get(command: str, *more: str) -> dict[str, Any]:
+        assert run(capsys, command, *flags, *more, "--out", file)[0] == 0
+        record: dict[str, Any] = json.loads(file.read_text())
+        return record
+
+    return get
+
+
+def test_a_shape_in_every_stage(measure: Callable[..., dict[str, Any]]) -> None:
+    record = measure("stages", "--page-size", "16")
+    assert record["model"] == "qwen3-8b's shape, random weights"
+    assert record["engine"]["random_weights"] is True
+    assert [result["stage"] for result in record["results"]] == list(range(1, LATEST + 1))
+
+
+def test_ranks_share_the_limit(measure: Callable[..., dict[str, Any]]) -> None:
+    [one], [two] = (measure("offline", "--tp", tp)["results"] for tp in ("1", "2"))
+    assert two["tp"] == 2
+    assert two["limit_seconds"] == pytest.approx(one["limit_seconds"] / 2)
+    assert two["tokens"] == one["tokens"]
+    left = ["pgrep", "-P", str(os.getpid()), "-f", "stage6_parallel.worker"]
+    assert subprocess.run(left, check=False).returncode == 1, "no rank outlives its engine"
+
+
+@pytest.mark.parametrize(("flag", "unmeasured"), [("--warm-up", 1), ("--no-warm-up", 0)])
+def test_the_warm_up_does_not_count(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, flag: str, unmeasured: int
+) -> None:
+    ran: list[str] = []
+    tiny = BATCHES["tiny"]
+
+    def make(draw: Draw) -> workloads.Load:
+        ran.append("tiny")
+        return tiny.make(draw)
+
+    def tell(*_: Any) -> Iterator[dict[str, Any]]:
+        ran.append("tale")
+        yield {"workload": "tale"}
+
+    monkeypatch.setitem(BATCHES, "tiny", replace(tiny, make=make))
+    monkeypatch.setitem(workloads.STORIES, "tale", tell)
+    batch, *tales = measure("offline", "--stage", "4", "--workload", "tale", flag)["results"]
+    assert ran == ["tiny"] * (unmeasured + 2) + ["tale"] * (unmeasured + 2)
+    assert len(batch["all_seconds"]) == 2
+    assert [tale["run"] for tale in tales] == [0, 1]
+    assert [("first_seconds" in result) for result in (batch, *tales)] == [unmeasured == 1] * 3
 
 
 def test_radix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

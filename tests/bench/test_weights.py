@@ -1,4 +1,4 @@
-"""A folder of random weights can be served like any other."""
+"""A folder of a known shape can be served with random weights."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from minisgl import LLM
 from minisgl.bench import shapes
 from minisgl.bench.__main__ import main
+from stages import LATEST
 from stages.interface import SamplingParams
 from stages.stage1_naive.tokenizer import Tokenizer
 
@@ -21,13 +22,22 @@ _TINY = shapes.SHAPES["qwen3-0.6b"] | {
 }
 
 
-def test_weights_makes_a_model_that_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", [1, LATEST])
+def test_weights_makes_a_model_that_can_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: int
+) -> None:
     monkeypatch.setitem(shapes.SHAPES, "tiny", _TINY)
-    assert main(["weights", "tiny", str(tmp_path / "new")]) == 0
-    tokenizer = Tokenizer(tmp_path / "new")
+    folder = tmp_path / "a new one"
+    assert main(["weights", "tiny", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith(f"python -m minisgl.launch '{folder}' --random-weights\n")
+    assert not list(folder.glob("*.safetensors*"))
+    tokenizer = Tokenizer(folder)
     assert tokenizer.encode("a radix cache")
     assert tokenizer.chat([{"role": "user", "content": "hello"}])
-    assert LLM(str(tmp_path / "new"), stage=1).generate("hello", SamplingParams(max_tokens=2, seed=0))[0].text
+    llm = LLM(str(folder), stage=stage, device="cpu", random_weights=True)
+    assert llm.generate("hello", SamplingParams(max_tokens=2, seed=0))[0].text
+    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
+        LLM(str(folder), stage=stage, device="cpu")
 
 
 def test_weights_overwrites_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Ops, Transformer
-from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype, tensor_shapes
+from stages.stage1_naive.weights import (
+    Checkpoint,
+    load_model,
+    pick_device,
+    pick_dtype,
+    random_reader,
+    tensor_shapes,
+)
 from tests.checkpoints import FAMILIES, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -172,6 +180,44 @@ def test_old_exports_with_inv_freq(qwen3: Path) -> None:
     old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.zeros(16) for n in range(3)}
     edit(qwen3, lambda tensors: tensors.update(old))
     assert len(load(qwen3).layers) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_are_of_the_shape(family: str, checkpoint: Callable[[str], Path]) -> None:
+    config = ModelConfig.load(checkpoint(family))
+    shapes, read = tensor_shapes(config), random_reader(config, CPU, torch.bfloat16)
+    drawn = {name: read(name) for name in shapes}
+    assert {name: tuple(tensor.shape) for name, tensor in drawn.items()} == shapes
+    assert {tensor.dtype for tensor in drawn.values()} == {torch.bfloat16}
+    for tensor in drawn.values():
+        if tensor.dim() == 1:
+            assert torch.equal(tensor, torch.ones_like(tensor))
+        else:
+            assert tensor.float().std().item() == pytest.approx(0.02, rel=0.05)
+            assert tensor.float().mean().item() == pytest.approx(0, abs=0.002)
+
+
+def test_random_weights_depend_on_name_and_seed_alone(qwen3: Path) -> None:
+    config = ModelConfig.load(qwen3)
+    names = [name for name, shape in tensor_shapes(config).items() if len(shape) > 1]
+    state = torch.get_rng_state()
+    one, same, other = (random_reader(config, CPU, torch.float32, seed) for seed in (0, 0, 1))
+    again = {name: same(name) for name in reversed(names)}
+    assert all(torch.equal(one(name), again[name]) for name in names)
+    assert len({tuple(again[name].flatten()[:4].tolist()) for name in names}) == len(names)
+    assert not any(torch.equal(other(name), again[name]) for name in names)
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's numbers change"
+
+
+@pytest.mark.gpu
+def test_random_weights_need_no_memory_but_their_own(qwen3: Path) -> None:
+    config = replace(ModelConfig.load(qwen3), vocab_size=1 << 20)
+    read = random_reader(config, torch.device("cuda"), torch.bfloat16)
+    read("model.layers.0.self_attn.q_proj.weight")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    embedding = read("model.embed_tokens.weight")
+    assert torch.cuda.max_memory_allocated() - before == embedding.nbytes == 2 * 64 << 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -17,7 +17,7 @@ from tests.stage2.attention_case import KV_HEADS, make_case, shapes
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("page_size", [1, 16, 64, 128, 256])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("ratio", [1, 2, 5, 8])
 @pytest.mark.parametrize("kind", ["decode", "prefill", "extend"])

@@ -147,7 +147,7 @@ def test_backends_that_can() -> None:
     assert choice.choose(None, CPU, torch.bfloat16) == ("torch", "torch")
     assert choice.choose("torch", CPU, torch.float32) == ("torch", "torch")
     assert choice.pick_page_size(None, ("torch", "torch")) == 16
-    with pytest.raises(ValueError, match="pages of 1, 16, 64, 256 tokens, not 17"):
+    with pytest.raises(ValueError, match="pages of 1, 16, 64, 128, 256 tokens, not 17"):
         choice.pick_page_size(17, ("torch", "torch"))
 
 

@@ -105,3 +105,30 @@ def test_everything_at_once(rows: int) -> None:
     params = [(every, greedy)[i % 2] for i in range(rows)]
     logits = (torch.randn(rows, 3000, device="cuda") * 3).to(torch.bfloat16)
     assert_same(logits, batch_of(params, 3000))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_shares_of_the_vocabulary_draw_what_the_whole_does(rows: int) -> None:
+    """Each rank has the logits of some tokens, and all have every rank's candidates."""
+    from stages.stage5_overlap.kernels.sampling import draw
+
+    torch.manual_seed(0)
+    size, ranks = 20_000, 4
+    logits = torch.randn(rows, size, device="cuda").bfloat16()
+    logits[0, 4999:5001] = 20.0  # equals, of two ranks: the first is taken
+    heat = torch.tensor([0.0, 0.7, 1.0] * rows, device="cuda")[:rows]
+    low, high, positions = torch.randint(0, 1000, (3, rows), device="cuda", dtype=torch.int32)
+    whole = torch.empty(rows, dtype=torch.int64, device="cuda")
+    draw(logits, heat, low, high, positions, None, whole, pdl=True)
+    gathered: list[Tensor] = []
+
+    def gather(candidates: Tensor) -> Tensor:
+        gathered.append(candidates)
+        return torch.cat(gathered, dim=1)
+
+    tokens = torch.empty_like(whole)
+    for rank, share in enumerate(logits.chunk(ranks, dim=1)):
+        first = rank * size // ranks
+        draw(share, heat, low, high, positions, None, tokens, pdl=True, first=first, gather=gather)
+    assert tokens.tolist() == whole.tolist()
+    assert tokens[0] == 4999

@@ -54,7 +54,7 @@ def serve(
     link = StoreLink(place)
     outputs: dict[str, list[TokenOutput]] = {}
     if place.rank == 0:
-        parallel = ParallelEngine(engine, cast(Leader, link))
+        parallel = ParallelEngine(engine, cast(Leader, link), engine.close)
         outputs = run_arriving(parallel, requests, random.Random(seed))
         parallel.step()  # carries the last calls
         link.send(None)
@@ -105,7 +105,7 @@ def disagree(
     engine = build_rank(EngineConfig(**settings), place, communicator)
     link = StoreLink(place)
     if place.rank == 0:
-        parallel = ParallelEngine(engine, cast(Leader, link))
+        parallel = ParallelEngine(engine, cast(Leader, link), engine.close)
         parallel.add(request)
         while parallel.has_work:
             parallel.step()
@@ -117,6 +117,12 @@ def disagree(
     except EngineFailed as error:
         return [str(error)]
     return []
+
+
+def pages(place: Place, communicator: Communicator, settings: dict[str, Any], counts: list[int]) -> int:
+    """Of an engine on whose ranks different numbers of pages were measured."""
+    config = EngineConfig(**settings, num_pages=counts[place.rank])
+    return build_rank(config, place, communicator).statistics.pages
 
 
 class Lying:

@@ -1,6 +1,7 @@
 """Ranks on GPUs: two that share one, and, where there are two, each with its own."""
 
 import gc
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch.distributed as dist
 
 from stages.interface import Engine, Request, SamplingParams
 from stages.stage6_parallel.engine import EngineConfig, ParallelEngine, build
-from tests.checkpoints import write_checkpoint
-from tests.oracle import run_engine, tokens_of
+from tests.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.oracle import assert_same_greedy, greedy_request, oracle_run, run_engine, tokens_of
 from tests.stage2.gpu_case import assert_alike, forced, mixed_lengths, score
 
 pytestmark = pytest.mark.gpu
@@ -62,12 +63,52 @@ def test_sampled_tokens_are_repeatable(model: Path) -> None:
     assert {k: tokens_of(v) for k, v in first.items()} == {k: tokens_of(v) for k, v in second.items()}
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_gpu_for_each_rank(model: Path, graphs: bool) -> None:
-    """NCCL, inside CUDA graphs and outside."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"one_shot": False},
+        {"graphs": False},
+        {"overlap": False},
+        {"fused": "-sampling"},
+        {"fused": "none"},
+    ],
+)
+def test_a_gpu_for_each_rank(model: Path, changed: dict[str, Any]) -> None:
+    """Collectives inside CUDA graphs and outside, through NCCL and through each other's memory; the requests
+    ask for logits, so those are gathered too."""
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
     expected = score(make(model, 1, **options), forced(mixed_lengths(64), STEM))
-    engine = make(model, 2, graphs=graphs, **options)
+    engine = make(model, 2, **options, **changed)
     assert_alike(score(engine, forced(mixed_lengths(64), STEM)), expected)
+
+
+@two_gpus
+@pytest.mark.parametrize("one_shot", [True, False])
+def test_sampled_tokens_do_not_depend_on_who_shares_the_batch(model: Path, one_shot: bool) -> None:
+    """Drawn inside the graphs from each rank's own logits. A graph's size is another with fewer rows, so
+    these are equal only where the requests run together again."""
+    params = SamplingParams(temperature=0.9, max_tokens=60, ignore_eos=True)
+    requests = [Request(str(i), [i + 1, 2, 3], params, seed=i) for i in range(16)]
+    engine = make(model, 2, device="cuda", dtype="bfloat16", one_shot=one_shot, radix=False)
+    first, second = run_engine(engine, requests), run_engine(engine, requests)
+    assert {k: tokens_of(v) for k, v in first.items()} == {k: tokens_of(v) for k, v in second.items()}
+
+
+@two_gpus
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_two_gpus_say_what_one_says(tmp_path: Path, family: str) -> None:
+    """Greedy, in float32 without TF32, by the tie rule."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    model = write_checkpoint(tmp_path, family)
+    plain: dict[str, Any] = {"device": "cuda", "dtype": "float32", "attention": "torch"}
+    rng = random.Random(0)
+    prompts = [rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 80)) for _ in range(120)]
+    requests = [greedy_request(prompt, 16, str(i)) for i, prompt in enumerate(prompts)]
+    expected = run_engine(make(model, 1, **plain), requests)
+    actual = run_engine(make(model, 2, **plain), requests)
+    assert_same_greedy((oracle_run(expected[name]), tokens_of(actual[name])) for name in expected)

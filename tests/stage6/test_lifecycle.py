@@ -35,8 +35,8 @@ def ranks_of(server: RunningServer) -> tuple[int, int]:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str | Path) -> Iterator[RunningServer]:
-    """A server that is ready; nothing may be left of it, whatever happened to it."""
+def serving(folder: Path, *arguments: str | Path, patience: float = 3) -> Iterator[RunningServer]:
+    """A server that is ready; nothing may be left of it after `patience` seconds, whatever happened to it."""
     with launch(folder, *arguments) as server:
         server.wait_ready()
         pids = [server.process.pid, *server.descendants()]
@@ -44,7 +44,7 @@ def serving(folder: Path, *arguments: str | Path) -> Iterator[RunningServer]:
         try:
             yield server
             assert server.process.poll() is not None, "the test ends it"
-            assert gone_within(pids, 3)
+            assert gone_within(pids, patience)
             assert "Traceback" not in server.stderr
             assert "leaked" not in server.stderr
             assert "destroy_process_group" not in server.stderr

@@ -65,6 +65,7 @@ def test_the_number_of_pages_is_the_smallest_of_all_ranks(
     checkpoint: Callable[[str], Path], ranks: Callable[[int], Ranks]
 ) -> None:
     assert ranks(2).run(cases.smallest, [7, 5]) == [5, 5]
+    assert ranks(2).run(cases.pages, settings(checkpoint("qwen3"), tp=2), [25, 21]) == [21, 21]
 
 
 def test_ranks_that_disagree_find_out(

@@ -1,5 +1,6 @@
 """Every rank reads its part, the parts make the whole, and what cannot be cut is refused."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +29,16 @@ def load_shards(path: Path, size: int) -> list[Transformer]:
     return [Shard(rank, size).load(path, config, torch.float32, CPU) for rank in range(size)]
 
 
-def bytes_of(model: Transformer) -> int:
+def tensors_of(model: Transformer) -> list[Tensor]:
     tensors = [model.embedding, model.norm]
     tensors += [] if model.head is model.embedding else [model.head]
     for layer in model.layers:
         tensors += [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    return tensors
+
+
+def bytes_of(model: Transformer) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(model))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -126,6 +131,22 @@ def test_only_a_rank_s_part_is_read(
     for name in shapes:
         reader(name)
     assert read == {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_random_shards_have_the_shapes_of_read_ones(
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str, size: int
+) -> None:
+    path = checkpoint(family)
+    shutil.copy(path / "config.json", tmp_path)  # and no weights
+    config = ModelConfig.load(tmp_path)
+    ranks = [Shard(rank, size) for rank in range(size)]
+    shards = [shard.load(tmp_path, config, torch.float32, CPU, random=True) for shard in ranks]
+    for shard, read in zip(shards, load_shards(path, size), strict=True):
+        assert shard.config == read.config
+        assert [t.shape for t in tensors_of(shard)] == [t.shape for t in tensors_of(read)]
+    assert len({shard.layers[0].o[0, 0].item() for shard in shards}) == size, "each its own"
 
 
 def test_a_tensor_that_is_too_large_is_not_cut_in_silence(

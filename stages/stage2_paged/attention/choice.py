@@ -9,7 +9,7 @@ from stages.stage2_paged.attention.backend import AttentionBackend
 from stages.stage2_paged.attention.torch import TorchAttention
 from stages.stage2_paged.kv_cache import PagedKVCache
 
-PAGE_SIZES = (1, 16, 64, 256)
+PAGE_SIZES = (1, 16, 64, 128, 256)
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -4,6 +4,8 @@ Stage 1 writes several tensors as large as the logits, and its filters sort the 
 the logits once and makes each token's noise in registers; `thresholds` finds what a sort would have cut.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,7 @@ def sample(logits: Tensor, batch: SamplingBatch, pdl: bool = False) -> Sampled:
 def draw(
     logits: Tensor, temperature: Tensor, seeds_low: Tensor, seeds_high: Tensor, positions: Tensor,
     thresholds: Tensor | None, tokens: Tensor, newest: Tensor | None = None, slots: Tensor | None = None,
-    pdl: bool = False,
+    pdl: bool = False, first: int = 0, gather: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """The Gumbel-max draw with stage 1's noise, or the best token where the temperature is 0.
 
@@ -49,20 +51,25 @@ def draw(
     `positions` [R] int32; `thresholds` [R] float32: smaller logits / temperature are not drawn. Writes
     `tokens` [R] int64 and, if given, newest[slots[r]] = tokens[r], with `newest` int64 and `slots` [R] int32.
     Never waits for the device, so that a CUDA graph can hold it.
+
+    Where ranks share the vocabulary, `logits` are of this one's tokens, from `first` on, and `gather` puts
+    [R, n] int32 of all ranks side by side in their order: the best of each, instead of all logits.
     """
     rows, size = logits.shape
     few = rows <= 8
     block, warps = (1024, 4) if few else (4096, 8)  # few rows on all multiprocessors; many: less per block
     blocks = triton.cdiv(size, block)
-    values = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
-    indices = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+    # of each block, its best score as bits; then of each, its token
+    candidates = torch.empty(rows, 2 * blocks, dtype=torch.int32, device=logits.device)
     _draw_in_block[(rows, blocks)](
-        logits, temperature, seeds_low, seeds_high, positions, thresholds, values, indices, size,
-        logits.stride(0), BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        logits, temperature, seeds_low, seeds_high, positions, thresholds, candidates, size,
+        logits.stride(0), first, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
+    candidates = candidates if gather is None else gather(candidates)
+    total = candidates.shape[1] // 2
     _best_block[(rows,)](
-        values, indices, tokens, newest, slots, blocks,
-        BLOCK=triton.next_power_of_2(blocks), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        candidates, tokens, newest, slots, blocks, total,
+        BLOCK=triton.next_power_of_2(total), PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -71,11 +78,11 @@ _BY_ROW = ["temperature", "seeds_low", "seeds_high", "positions", "thresholds"] 
 
 @triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def _draw_in_block(
-    logits, temperature, seeds_low, seeds_high, positions, thresholds, values, indices, size, stride,
+    logits, temperature, seeds_low, seeds_high, positions, thresholds, candidates, size, stride, first,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
-    row = tl.program_id(0)
+    row, blocks = tl.program_id(0), tl.num_programs(1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row.to(tl.int64) * stride + columns
     scores = tl.load(logits + at, mask=columns < size, other=-float("inf")).to(tl.float32)
@@ -85,21 +92,24 @@ def _draw_in_block(
         if thresholds is not None:
             scores = tl.where(scores < tl.load(thresholds + row), -float("inf"), scores)
         low, high = tl.load(seeds_low + row), tl.load(seeds_high + row)
-        scores += _gumbel_noise(low, high, tl.load(positions + row), columns)
+        scores += _gumbel_noise(low, high, tl.load(positions + row), first + columns)
     best, index = tl.max(scores, 0, return_indices=True)  # of equals the first
-    out = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(values + out, best)
-    tl.store(indices + out, tl.program_id(1) * BLOCK + index)
+    out = candidates + row * 2 * blocks + tl.program_id(1)
+    tl.store(out, best.to(tl.int32, bitcast=True))
+    tl.store(out + blocks, first + tl.program_id(1) * BLOCK + index)
 
 
 @triton.jit(do_not_specialize_on_alignment=["newest", "slots"])
-def _best_block(values, indices, tokens, newest, slots, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _best_block(candidates, tokens, newest, slots, blocks, total, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The best of `total` candidates, of which each rank has `blocks`: their scores, then their tokens."""
     begin(PDL)
     row = tl.program_id(0)
-    block = tl.arange(0, BLOCK)
-    scores = tl.load(values + row * blocks + block, mask=block < blocks, other=-float("inf"))
+    which = tl.arange(0, BLOCK)
+    at = candidates + row * 2 * total + (which // blocks) * blocks + which
+    bits = tl.load(at, mask=which < total, other=0)
+    scores = tl.where(which < total, bits.to(tl.float32, bitcast=True), -float("inf"))
     best = tl.argmax(scores, 0)
-    token = tl.load(indices + row * blocks + best).to(tl.int64)
+    token = tl.load(candidates + row * 2 * total + (best // blocks) * blocks + best + blocks).to(tl.int64)
     tl.store(tokens + row, token)
     if newest is not None:
         tl.store(newest + tl.load(slots + row), token)

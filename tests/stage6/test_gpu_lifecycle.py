@@ -1,0 +1,48 @@
+"""A server on two GPUs whose rank dies or stops while they compute."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from tests.checkpoints import write_checkpoint
+from tests.stage6.test_lifecycle import LONG, ranks_of, serving
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("flags", [(), ("--no-one-shot",)])
+def test_a_rank_is_lost_under_load(tmp_path: Path, number: int, flags: tuple[str, ...]) -> None:
+    """The other waits in a kernel then, of NCCL's or of ours, and cannot leave it by itself."""
+    said, limit = ("killed by SIGKILL", 15) if number == signal.SIGKILL else ("rank 1 is stopped", 25)
+    model = write_checkpoint(tmp_path / "model", "qwen3", head_dim=64)
+    arguments = ("--tp", "2", "--model-name", "tiny", "--num-pages", "500", "--max-rows", "8", *flags)
+    with serving(tmp_path / "logs", model, *arguments, patience=10) as server, ThreadPoolExecutor(4) as pool:
+
+        def ask() -> str:
+            """One answer after the other, until there is none; why."""
+            while True:
+                try:
+                    list(server.client.completions.create(stream=True, **LONG))
+                except openai.APIError as error:
+                    return str(error)
+
+        asking = [pool.submit(ask) for _ in range(4)]
+        time.sleep(2)
+        assert not any(one.done() for one in asking)
+        _, worker = ranks_of(server)
+        start = time.monotonic()
+        os.kill(worker, number)
+        assert server.process.wait(limit) == 1
+        assert time.monotonic() - start < limit
+        assert any(said in one.result(10) for one in asking)
+        assert said in server.stderr.splitlines()[-1]
