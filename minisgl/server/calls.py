@@ -66,7 +66,10 @@ async def completion_call(body: CompletionBody, tokenizer: Tokenizer, context_le
     params = _sampling_params(body, body.logprobs, body.max_tokens)
     prompts = []
     try:
-        tokenized = await asyncio.to_thread(_tokenize, body.prompt, tokenizer)
+        if any(isinstance(item, str) for item in body.prompt):  # a thread, as above; not worth one for ids
+            tokenized = await asyncio.to_thread(_tokenize, body.prompt, tokenizer)
+        else:
+            tokenized = _tokenize(body.prompt, tokenizer)
     except ValueError as error:
         raise ApiError(str(error), param="prompt") from error
     for prompt in tokenized:

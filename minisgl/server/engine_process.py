@@ -1,5 +1,6 @@
 """The engine process: loads the model, then steps the engine for as long as its parent lives."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -73,6 +74,8 @@ def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log
         try:
             engine = load_stage(stage).build(config)
             loaded = True
+            gc.collect()
+            gc.freeze()  # the libraries' objects stay: a collection that looks at them delays a step
             link.send(Ready(engine.context_length))
             serve_engine(engine, link)
         except Exception as error:

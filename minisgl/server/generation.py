@@ -3,12 +3,12 @@
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-import msgspec
+from msgspec.json import encode
 
 from minisgl.server.calls import Call
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import as_api_error
-from minisgl.server.responses import Format, Json, answer, chunk, usage_chunk
+from minisgl.server.responses import Format, Json, answer, frame, usage_chunk
 from minisgl.server.text import Choice
 from stages.stage1_naive.tokenizer import Tokenizer
 
@@ -21,6 +21,7 @@ class Generation:
         self._form = form
         self._engine = engine
         self._choices = [Choice(index, tokenizer, call.stop) for index in range(len(call.requests))]
+        self._frame = frame(call, form)
         self._progress = self._run()
 
     async def whole(self) -> Json:
@@ -72,8 +73,9 @@ class Generation:
         return self._events(self._form.entry(piece) for piece in pieces)
 
     def _events(self, entries: Iterable[Json]) -> bytes:
-        return b"".join(_event(chunk(self._call, self._form, entry)) for entry in entries)
+        before, after = self._frame
+        return b"".join([b"data: %b%b%b\n\n" % (before, encode(entry), after) for entry in entries])
 
 
 def _event(content: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return b"data: %b\n\n" % encode(content)

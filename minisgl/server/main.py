@@ -1,6 +1,7 @@
 """The server's life: bind, load, serve until told to stop, leave nothing behind."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -20,6 +21,7 @@ from stages.stage1_naive.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_ACCEPTS_AT_ONCE = 32
 _GRACE_S = 3  # for clients to read the end of their answers when the server stops
 
 
@@ -84,7 +86,12 @@ async def _serve(stage: int, config: EngineConfig, options: ServerOptions, liste
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        gc.collect()
+        gc.freeze()  # the libraries' objects stay: no later collection need look at them
+        # libuv accepts one connection of a socket each time round the loop, and a round takes as long as a
+        # token for every open stream. With copies, requests that arrive together need few rounds.
+        listeners = [listener, *(listener.dup() for _ in range(_ACCEPTS_AT_ONCE - 1))]
+        serving = asyncio.create_task(server.serve(sockets=listeners))
         while not (server.started or serving.done()):  # noqa: ASYNC110 (uvicorn offers no event)
             await asyncio.sleep(0.01)
         if server.started:

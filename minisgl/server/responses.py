@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from msgspec.json import encode
+
 from minisgl.server.calls import Call
 from minisgl.server.text import Choice, Piece, ScoredToken
 from stages.interface import Statistics
@@ -105,10 +107,12 @@ def answer(call: Call, form: Format, choices: Sequence[Choice]) -> Json:
     }
 
 
-def chunk(call: Call, form: Format, entry: Json) -> Json:
-    """One event of a stream."""
+def frame(call: Call, form: Format) -> tuple[bytes, bytes]:
+    """What stands in each event of a stream before and after its one entry, which alone differs."""
     usage: Json = {"usage": None} if call.body.include_usage else {}
-    return _envelope(call, form.chunk_kind) | {"choices": [entry]} | usage
+    event = encode(_envelope(call, form.chunk_kind) | {"choices": []} | usage)
+    before, key, after = event.partition(b'"choices":[')  # within a text the quotes would be escaped
+    return before + key, after
 
 
 def usage_chunk(call: Call, form: Format, choices: Sequence[Choice]) -> Json:

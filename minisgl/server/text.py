@@ -2,14 +2,14 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from stages.interface import FinishReason, TokenLogprobs, TokenOutput
 from stages.stage1_naive.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True)
-class ScoredToken:
+class ScoredToken(Struct, frozen=True):
     """A token with its log-probabilities; its text begins `offset` characters into its choice's text."""
 
     token_id: int
@@ -17,8 +17,7 @@ class ScoredToken:
     logprobs: TokenLogprobs
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):  # one for each token; a frozen dataclass costs more
     """What is new in a choice since its last piece. Without log-probabilities `tokens` is None."""
 
     index: int
@@ -82,12 +81,16 @@ class Choice:
 
     def _find_stop(self) -> int | None:
         """Where in the held text the stop string begins that ends first; of several, the longest."""
+        if not self._stop:
+            return None
         hits = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         return min(hits)[1] if hits else None
 
     def _maybe_stop(self) -> int:
         """How many characters at the end of the held text are the beginning of some stop string."""
-        for size in range(min(len(self._held), max(map(len, self._stop), default=0)), 0, -1):
+        if not self._stop:
+            return 0
+        for size in range(min(len(self._held), max(map(len, self._stop))), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stop):
                 return size
         return 0

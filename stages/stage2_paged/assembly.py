@@ -151,11 +151,13 @@ def measure_pages(
     loaded: Loaded,
     make_scheduler: MakeScheduler,
     make_runner: MakeRunner = make_runner,
+    longest: int | None = None,
 ) -> int:
     """How many pages the cache gets: those asked for, or as many as fit besides the weights and a step.
 
     On a GPU the largest steps are run once, which also compiles their kernels, and what their peak leaves of
-    `memory_fraction` is the room. On a CPU the room is 1 GiB.
+    `memory_fraction` is the room. On a CPU the room is 1 GiB. A prompt of `longest` tokens makes the largest
+    steps, if the context's length is not what makes them.
 
     Raises:
         ValueError: there is no room for the cache.
@@ -168,7 +170,7 @@ def measure_pages(
     start = time.perf_counter()
     torch.cuda.reset_peak_memory_stats(loaded.device)
     try:
-        used = _run_largest_steps(config, loaded, make_scheduler, make_runner) * per_page
+        used = _run_largest_steps(config, loaded, make_scheduler, make_runner, longest) * per_page
     except torch.OutOfMemoryError as error:
         raise ValueError(f"the largest step does not fit into the GPU's memory; {_ADVICE}") from error
     peak = torch.cuda.max_memory_allocated(loaded.device) - used
@@ -190,11 +192,15 @@ def measure_pages(
 
 
 def _run_largest_steps(
-    config: EngineConfig, loaded: Loaded, make_scheduler: MakeScheduler, make_runner: MakeRunner
+    config: EngineConfig,
+    loaded: Loaded,
+    make_scheduler: MakeScheduler,
+    make_runner: MakeRunner,
+    longest: int | None,
 ) -> int:
     """Prefill and decode the longest prompts, then the most rows. Returns the pages that they had."""
     context, page_size = loaded.limits.context_length, loaded.page_size
-    longest = max(1, context - 2)
+    longest = max(1, min(longest or context, context - 2))
     few_long = [longest] * max(1, min(config.max_rows, config.prefill_budget // longest))
     many_short = [min(longest, config.prefill_budget // config.max_rows)] * config.max_rows
     loads = few_long, many_short

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from stages.interface import Engine
 from stages.stage2_paged import assembly
-from stages.stage2_paged.assembly import cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.assembly import Loaded, cap_context, load, make_runner, measure_pages
 from stages.stage2_paged.engine import PagedEngine
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage3_radix.prefix_cache import RadixPrefixCache
@@ -28,10 +28,16 @@ def build(config: EngineConfig) -> Engine:
         ValueError: the model or the configuration cannot be served; the message says why.
     """
     loaded = load(config)
-    num_pages = measure_pages(config, loaded, ChunkedScheduler)
+    num_pages = measure_pages(config, loaded, ChunkedScheduler, longest=longest_prompt(config, loaded))
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size)
     table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
     scheduler = ChunkedScheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
     return PagedEngine(table, scheduler, runner, limits.context_length)
+
+
+def longest_prompt(config: EngineConfig, loaded: Loaded) -> int | None:
+    """A prompt whose chunks take as much memory as those of a longer one. None with the `torch` backend: its
+    mask grows with all that lies before a chunk."""
+    return None if loaded.attention[0] == "torch" else 2 * config.prefill_budget

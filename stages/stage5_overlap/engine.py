@@ -83,7 +83,8 @@ def assemble(
         ops, fused = wrap(ops), fused - {"layer"}  # whose kernels leave no place between product and sum
     loaded = replace(loaded, model=replace(loaded.model, ops=ops))
     make = partial(make_runner, fused=fused, share=share)
-    measured = measure_pages(config, loaded, ChunkedScheduler, make)  # with the graphs, which take memory
+    longest = stage4.longest_prompt(config, loaded)
+    measured = measure_pages(config, loaded, ChunkedScheduler, make, longest)  # graphs take memory, too
     num_pages = agree(measured)
     limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size) if config.radix else NoPrefixCache()

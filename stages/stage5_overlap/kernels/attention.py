@@ -14,10 +14,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Layer
 from stages.stage2_paged.kv_cache import PagedKVCache
-from stages.stage5_overlap.kernels.elementwise import begin, fetch
+from stages.stage5_overlap.kernels.elementwise import fetch
 
 _MOST = 32  # splits of a row
-_HEADS = 8  # that one block prepares
+_HEADS = 32  # that one block prepares, at most
 
 
 class Preparation:
@@ -34,11 +34,12 @@ class Preparation:
         c, cache = self._config, self._cache
         q = qkv.new_empty(len(qkv), c.num_heads, c.head_dim)
         heads = c.num_heads + 2 * c.num_kv_heads
-        _prepare[(len(qkv), triton.cdiv(heads, _HEADS))](
+        block = min(_HEADS, triton.next_power_of_2(heads))
+        _prepare[(len(qkv), triton.cdiv(heads, block))](
             qkv, layer.q_norm, layer.k_norm, self._rope, positions, locations,
             q, cache.keys[layer.index], cache.values[layer.index], qkv.stride(0), c.norm_eps,
-            N=c.num_heads, K=c.num_kv_heads, D=c.head_dim, HEADS=_HEADS, NORM=layer.q_norm is not None,
-            PDL=self._pdl, num_warps=2, launch_pdl=self._pdl,
+            N=c.num_heads, K=c.num_kv_heads, D=c.head_dim, HEADS=block, NORM=layer.q_norm is not None,
+            PDL=self._pdl, num_warps=4, launch_pdl=self._pdl,
         )  # fmt: skip
         return q
 
@@ -117,27 +118,45 @@ def _prepare(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
+    """HEADS heads of one token: each half of a head is read once, and both halves turn together."""
+    HALF: tl.constexpr = D // 2
+    if PDL:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    d = tl.arange(0, D)[None, :]
-    partner = (d + D // 2) % D
-    inside = head < N + 2 * K
-    at = qkv + token * stride + head * D
-    raw = tl.load(at + d, mask=inside, other=0.0)
-    partners = tl.load(at + partner, mask=inside, other=0.0).to(tl.float32)
-    position = tl.load(positions + token)
-    cos, sin = tl.load(rope + position * 2 * D + d), tl.load(rope + position * 2 * D + D + d)
-    norm, partner_norm = cos, cos
+    d = tl.arange(0, HALF)[None, :]
+    position = tl.load(positions + token)  # as old as the step, like `locations`
+    location = tl.load(locations + token).to(tl.int64)
+    turn = rope + position * 2 * D + d
+    cos, sin = tl.load(turn), tl.load(turn + D + HALF)  # the second half's sines: without the minus
+    low_norm, high_norm = cos, cos
     if NORM:
-        norm = tl.where(head < N, tl.load(q_norm + d), tl.load(k_norm + d)).to(tl.float32)
-        partner_norm = tl.where(head < N, tl.load(q_norm + partner), tl.load(k_norm + partner)).to(tl.float32)
-    turned = _rotated(raw.to(tl.float32), partners, cos, sin, norm, partner_norm, eps, D, NORM)
-    tl.store(q + (token * N + head) * D + d, turned, mask=head < N)
-    location = tl.load(locations + token)
+        is_q = head < N
+        low_norm = tl.where(is_q, tl.load(q_norm + d), tl.load(k_norm + d)).to(tl.float32)
+        high_norm = tl.where(is_q, tl.load(q_norm + HALF + d), tl.load(k_norm + HALF + d)).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    inside = head < N + 2 * K
+    at = qkv + token * stride + head * D + d
+    raw_low = tl.load(at, mask=inside, other=0.0)
+    raw_high = tl.load(at + HALF, mask=inside, other=0.0)
+    low, high = raw_low.to(tl.float32), raw_high.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(low * low + high * high, 1, keep_dims=True) / D + eps)
+        low, high = low * scale * low_norm, high * scale * high_norm
+    turned_low = (low * cos - high * sin).to(raw_low.dtype)
+    turned_high = (high * cos + low * sin).to(raw_low.dtype)
+    q_at = q + (token * N + head) * D + d
+    tl.store(q_at, turned_low, mask=head < N)
+    tl.store(q_at + HALF, turned_high, mask=head < N)
+    is_k = (head >= N) & (head < N + K)
     k_at = (location * K + head - N) * D + d
-    tl.store(keys + k_at, turned, mask=(head >= N) & (head < N + K))
-    tl.store(values + k_at - K * D, raw, mask=(head >= N + K) & inside)
+    tl.store(keys + k_at, turned_low, mask=is_k)
+    tl.store(keys + k_at + HALF, turned_high, mask=is_k)
+    is_v = (head >= N + K) & inside
+    v_at = k_at - K * D
+    tl.store(values + v_at, raw_low, mask=is_v)
+    tl.store(values + v_at + HALF, raw_high, mask=is_v)
 
 
 @triton.jit
