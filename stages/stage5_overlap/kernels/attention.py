@@ -5,6 +5,8 @@ does the rest on the way: it normalises and rotates q and k, stores k and v, and
 blocks (flash-decoding, Dao et al. 2023), whose last one joins the parts. It needs no plan from the CPU.
 """
 
+from math import ceil
+
 import torch
 import triton
 import triton.language as tl
@@ -69,7 +71,7 @@ class DecodeAttention:
         c, cache, rows = self._config, self._cache, len(qkv)
         out = qkv.new_empty(rows, c.num_heads * c.head_dim)
         splits, group = self._splits(rows), c.num_heads // c.num_kv_heads
-        tile, stages, early, join = _shape(rows)
+        tile, warps, stages, early, join = _shape(rows)
         _decode[(c.num_kv_heads, rows, splits)](
             qkv, layer.q_norm, layer.k_norm, self._rope, positions, slots, table,
             cache.keys[layer.index], cache.values[layer.index], out,
@@ -79,26 +81,32 @@ class DecodeAttention:
             G=group, GROUP=triton.next_power_of_2(group), ROWS=max(16, triton.next_power_of_2(group)),
             JOIN=max(join, triton.next_power_of_2(group)), K=c.num_kv_heads, D=c.head_dim,
             PAGE=cache.page_size, TILE=tile, EARLY=early, NORM=layer.q_norm is not None,
-            PDL=self._pdl, num_warps=4, num_stages=stages, launch_pdl=self._pdl,
+            PDL=self._pdl, num_warps=warps, num_stages=stages, launch_pdl=self._pdl,
         )  # fmt: skip
         return out
 
     def _splits(self, rows: int) -> int:
         """Into how many parts a long row is cut: few rows must fill the GPU, and many must end together."""
-        blocks = (2 if rows <= 32 else 4) * self._sms  # one that finds nothing to do costs something, too
-        return max(1, min(_MOST, -(-blocks // (rows * self._config.num_kv_heads))))
+        blocks = (
+            2 if rows <= 16 else 1.9 if rows <= 32 else 4
+        ) * self._sms  # an idle one costs something, too
+        return max(1, min(_MOST, ceil(blocks / (rows * self._config.num_kv_heads))))
 
     def _least(self, rows: int) -> int:
         """Tokens that are worth a block: more where there are many blocks anyway."""
         return min(1024, max(128, 2 * rows * self._config.num_kv_heads))
 
 
-def _shape(rows: int) -> tuple[int, int, bool, int]:
-    """Tokens at a time; stages of the pipeline; whether the first tile is loaded before q is there; how many
-    partial results are joined at once (with many rows a block has few registers). Measured on an H200."""
+def _shape(rows: int) -> tuple[int, int, int, bool, int]:
+    """Tokens at a time; warps; stages of the pipeline; whether the first tile is loaded before q is there;
+    how many partial results are joined at once (with many rows a block has few registers). Measured on an
+    H200. Triton counts the loading of pages as a stage: with three, they are there when a tile begins, and
+    with five, so is the next tile."""
     if rows <= 32:
-        return 128, 1, True, 64
-    return 64 if rows <= 128 else 128, 2, False, 16
+        return 128, 4, *((1, True, 64) if rows <= 16 else (3, True, 16))
+    if rows <= 192:
+        return 64 if rows <= 128 else 128, 4, 2, False, 16
+    return 64, 2, 5, False, 16
 
 
 @triton.jit
