@@ -5,8 +5,6 @@ does the rest on the way: it normalises and rotates q and k, stores k and v, and
 blocks (flash-decoding, Dao et al. 2023), whose last one joins the parts. It needs no plan from the CPU.
 """
 
-from math import ceil
-
 import torch
 import triton
 import triton.language as tl
@@ -87,10 +85,9 @@ class DecodeAttention:
 
     def _splits(self, rows: int) -> int:
         """Into how many parts a long row is cut: few rows must fill the GPU, and many must end together."""
-        blocks = (
-            2 if rows <= 16 else 1.9 if rows <= 32 else 4
-        ) * self._sms  # an idle one costs something, too
-        return max(1, min(_MOST, ceil(blocks / (rows * self._config.num_kv_heads))))
+        tenths = 20 if rows <= 16 else 19 if rows <= 32 else 40  # an idle block costs something, too
+        blocks = tenths * self._sms // 10
+        return max(1, min(_MOST, -(-blocks // (rows * self._config.num_kv_heads))))
 
     def _least(self, rows: int) -> int:
         """Tokens that are worth a block: more where there are many blocks anyway."""
