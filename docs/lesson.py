@@ -1,7 +1,11 @@
 """What lessons show things with: source from the repository, tables, figures and this machine."""
 
+import __future__
+
+import ast
 import inspect
 import io
+import logging
 import os
 import platform
 import re
@@ -9,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -49,6 +54,23 @@ def show(thing: Callable[..., Any] | type) -> None:
     last = first + len(lines) - 1
     title = f"{path.as_posix()}, lines {first} to {last}"
     display(Markdown(f'~~~~ {{ .python title="{title}" linenums="{first}" }}\n{code}\n~~~~'))
+
+
+def kernels(file: str) -> SimpleNamespace:
+    """What a file of Triton kernels below `stages/` defines, without its imports: to look at, and to call
+    what is plain Python."""
+    path = ROOT / "stages" / file
+    body = [
+        node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names: dict[str, Any] = {
+        "logging": logging,
+        "triton": SimpleNamespace(jit=lambda f=None, **_: f or (lambda g: g)),
+        "tl": SimpleNamespace(constexpr=lambda x: x),
+    }
+    module = compile(ast.Module(body, []), str(path), "exec", __future__.annotations.compiler_flag)
+    exec(module, names)
+    return SimpleNamespace(**names)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], align: str = "") -> None:

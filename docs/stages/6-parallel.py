@@ -18,8 +18,8 @@
 #
 # Stage 6 cuts every large matrix into slices, gives each GPU one, and lets them compute each layer together:
 # tensor parallelism. Each slice has a process of its own, a *rank*. The model, the scheduler, the tree and
-# the step ahead stay as they are: a rank is stage 5's engine with smaller matrices and with four operations
-# that talk to the other ranks.
+# the step ahead stay as they are: a rank is stage 5's engine with smaller matrices and with operations that
+# talk to the other ranks.
 
 # %% tags=["hide-input"]
 import gc
@@ -47,9 +47,11 @@ from docs.lesson import (
     ORANGE,
     PURPLE,
     RED,
+    ROOT,
     TEAL,
     canvas,
     code,
+    kernels,
     machine,
     publish,
     show,
@@ -348,8 +350,8 @@ show(parallel_ops)
 
 # %% [markdown]
 # `linear` and `mlp` need nothing: no sum comes before the next `add_norm`, which stage 1 put behind every
-# row-parallel product, and before the first of them. (`few_rows` we come to [below](#few-rows).) The parts of
-# an embedding, and of logits:
+# row-parallel product, and before the first of them. (`few_rows` we come to [below](#a-few-rows).) The parts
+# of an embedding, and of logits:
 
 # %%
 model = load_whole(PATH, config, torch.float64, cpu)
@@ -850,7 +852,8 @@ print(f"Qwen3-32B on two GPUs has {gain:.1f} times the room of one")
 #
 # ## When does it pay?
 #
-# **What follows is a calculation. It was not measured on several GPUs.** The parts:
+# **What follows is a calculation.** What was measured on two GPUs stands [behind it](#measured-on-two-gpus).
+# The parts:
 #
 # - A decode step reads the rank's weights and its share of all keys and values at 4.3 TB/s, or multiplies
 #   for longer than it reads weights, at 790 TFLOP/s. These two speeds were measured, on one H200.
@@ -1030,11 +1033,10 @@ table(
 # Products shrink with the number of ranks, while the bytes of an all-reduce do not. A slower link makes this
 # worse: over PCIe at a tenth of the bandwidth, the collectives of this table would take ten times as long.
 #
-# ### What fusing would save
+# ## A few rows
 #
 # After each row-parallel product come two kernels: NCCL's all-reduce, which writes the sum, and `add_norm`,
-# which reads it, adds the residual stream and normalises. Joined into one, the sum stays in registers. What
-# this would save:
+# which reads it, adds the residual stream and normalises. If they were one, how many bytes would be saved?
 
 # %%
 rows = []
@@ -1051,15 +1053,121 @@ for name in NAMES:
 table(["shape", "tokens", "kernels fewer", "MB fewer", "µs at a copy's speed"], rows, "lrrrr")
 
 # %% [markdown]
-# With few rows the bytes do not matter, and what counts is that there is a kernel fewer at each of these
-# places, with its beginning and its end. In prefill it is 1 to 20 ms of memory traffic, beside the products
-# and collectives of the table above. TensorRT-LLM and FlashInfer have such a kernel. It would fit in
-# `parallel_ops`, in place of `add_norm`. Stage 6 does not have it, for we could not show on several GPUs what
-# it brings.
+# In prefill it is 1 to 20 ms of memory traffic, beside the products and collectives of the table above. With
+# few rows the bytes do not matter. There, what counts is how often ranks wait for each other, and that
+# kernels come and go.
 #
-# **Not measured here**: NCCL's latency and bandwidth, the time of any step on more than one GPU, and what
-# graphs bring with collectives in them. Where each rank has a GPU of its own, stage 6 captures NCCL's kernels
-# in its graphs like any others. Ranks that share a GPU, or run on a CPU, use gloo and have no graphs.
+# NCCL is made for large tensors, of which each rank adds up a part and hands it out. For ten kilobytes there
+# is a shorter way, *one-shot*: each rank lays its part where the others can read it, says so, waits until all
+# have, and adds up all parts itself. GPUs of one machine can read each other's memory over NVLink as if it
+# were their own. And what a rank has then are whole rows, in registers, so the same kernel adds the residual
+# stream and normalises. This is all of it, with `PDL` and `begin` as in [lesson 5](5-overlap.md):
+
+# %% tags=["hide-input"]
+one_shot = kernels("stage6_parallel/one_shot.py")
+show(one_shot._reduce_add_norm)
+show(one_shot._meet)
+
+# %% [markdown]
+# Three things in it are worth a thought:
+#
+# - **Who may write again?** A rank that is done goes on to the next all-reduce, and would overwrite its part
+#   while a slower rank still reads it. So of each row there are two copies, used in turn. A rank cannot be
+#   two meetings ahead: at the one between, it waited for all.
+# - **Nobody resets anything.** Ranks count their meetings over each row, and a rank has come when it has
+#   written the number of this one. So a CUDA graph may replay it: the numbers are in memory, not in the
+#   graph.
+# - **All add in the same order.** Sums of floats depend on it, and ranks whose residual streams differ in the
+#   last bit would one day draw different tokens.
+#
+# Each rank reads `n-1` times its own bytes, where NCCL sends `2 (n-1)/n` times as many. From a few megabytes
+# on, NCCL is left to it.
+#
+# ### And the vocabulary
+#
+# The other collective of a step puts logits side by side: 39 MB from each of two ranks at 256 rows. But to
+# draw a token takes only the best of them, logit over temperature plus noise, and the noise depends on the
+# token's id, not on who draws it. So in a graph each rank draws among its own tokens, and what it hands out
+# is its best of each 4,096 tokens: a score and an id. Whoever asks for log-probabilities or top-p still gets
+# all logits gathered.
+#
+# ## Measured on two GPUs
+#
+# Two H200s of one machine, with NVLink. First the collectives alone, inside a CUDA graph, for the hidden size
+# of Qwen3-32B (5,120 numbers a row), in microseconds:
+
+# %% tags=["hide-input"]
+RESULTS = ROOT / "benchmarks/results"
+measured = json.loads((RESULTS / "stage6-collectives-2xh200.json").read_text())
+columns = {
+    "all_reduce": "all-reduce",
+    "all_reduce, then add_norm": "all-reduce, then add_norm",
+    "both in one kernel": "both in one kernel",
+    "all_gather of logits": "all-gather of logits",
+    "all_gather of candidates": "all-gather of the best",
+}
+table(
+    ["rows", "kB each", *columns.values()],
+    [
+        (
+            f"{result['rows']:,}",
+            f"{result['bytes'] / 1e3:,.0f}",
+            *(f"{times[name]:,.1f}" if name in times else "NCCL's" for name in columns),
+        )
+        for result in measured["results"]
+        for times in [result["microseconds"]]
+    ],
+    "rr" + "r" * len(columns),
+)
+by_rows = {result["rows"]: result for result in measured["results"]}
+few, many = by_rows[1]["microseconds"], by_rows[16_384]
+assert few["both in one kernel"] < 0.6 * few["all_reduce"]
+link = many["bytes"] / many["microseconds"]["all_reduce"] / 1e3  # with two ranks, 2 (n-1)/n is 1
+rows_saved = 2 * configs["qwen3-32b"].num_layers + 1
+saved = rows_saved * (few["all_reduce, then add_norm"] - few["both in one kernel"])
+print(f"an all-reduce of {many['bytes'] / 1e6:.0f} MB: {link:.0f} GB/s, where the calculation assumes 350")
+print(
+    f"a step of one row of Qwen3-32B has {rows_saved} of them: {saved / 1e3:.2f} ms less in one kernel each"
+)
+
+# %% [markdown]
+# The guess of 10 µs was right for NCCL; the kernel of this stage takes little more than half of it. And the
+# engine, with random weights of Qwen3-32B's shape:
+
+# %% tags=["hide-input"]
+engine_file = json.loads((RESULTS / "stage6-qwen3-32b-2xh200.json").read_text())
+by_size = {}
+for result in engine_file["results"]:
+    by_size.setdefault(result["workload"], {})[result["tp"]] = result
+rows = []
+for workload, found in by_size.items():
+    faster = f"{found[1]['seconds'] / found[2]['seconds']:.2f}" if 1 in found else "-"
+    cells = []
+    for size in (1, 2):
+        cells += [f"{found[size]['seconds']:.2f} s" if size in found else "-"]
+        cells += [f"{found[size]['of_limit']:.0%}" if size in found else "-"]
+    rows.append((workload, *cells, faster))
+table(["workload", "one GPU", "of its limit", "two GPUs", "of theirs", "times as fast"], rows, "lrrrrr")
+table(
+    ["measured on", "collectives", "engine"],
+    [
+        *((name, measured[name], engine_file[name]) for name in ("hardware", "model", "commit")),
+        ("command", code(measured["command"]), code(engine_file["command"])),
+    ],
+)
+print(engine_file["note"])
+
+# %% [markdown]
+# (The *limit* is [the benchmark's](../bench.md), without any collectives, and on two GPUs half of it.)
+#
+# With 32 requests the second GPU brings three quarters of what it could, with one request less than half. Of
+# that request's 11.3 ms a step, weights and cache account for 7.7 ms and the all-reduces, by the table above,
+# for 0.8 ms. Where the rest goes, nobody has measured yet. Each matrix product is half as long as on one GPU,
+# and what it takes to begin and to end one is not; and on one GPU, products and sums of one row share
+# kernels, which leave no place for a collective between them.
+#
+# **Not measured here**: more than two GPUs, models that need them, and the time of a collective inside the
+# engine.
 
 # %% tags=["hide-input"]
 table(["measured on", ""], [*machine(), ("model", "built-in, float64"), ("command", code("make docs"))])
