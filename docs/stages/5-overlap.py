@@ -1000,8 +1000,8 @@ table(
 #
 # Stage 5 ran each workload once before, which does not count; every single run is in the files,
 # `benchmarks/results/stage4-offline-h200.json` and `stage5-offline-h200.json`. With pages of 128 tokens
-# instead of 16, for which flash-attn 4 has a faster path, the eight long prompts took 2.15 s, and nothing else
-# changed (`stage5-page128-h200.json`).
+# instead of 16, for which flash-attn 4 has a faster path, the eight long prompts took 2.15 s, and the other
+# workloads tried as long as before (`stage5-page128-h200.json`).
 #
 # ### Each kernel alone
 #
