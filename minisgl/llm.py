@@ -77,6 +77,10 @@ class LLM:
                 self._engine.abort(name)
         return list(completions.values())
 
+    def close(self) -> None:
+        """End the processes of an engine that has some (`tp`); nothing can be generated afterwards."""
+        self._engine.close()
+
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)

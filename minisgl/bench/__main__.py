@@ -3,8 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-
-from minisgl.bench import compare, radix
+from importlib import import_module
 
 _COMMANDS = {
     "offline": "named workloads in this process, each beside the machine's limit",
@@ -49,31 +48,10 @@ def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
         offline.add_arguments(parser, rest, name)
         run = {"offline": offline.run_offline, "stages": offline.run_stages, "ablate": offline.run_ablate}
         return run[name](parser.parse_args(rest))
-    if name == "collectives":
-        from minisgl.bench import collectives
-
-        collectives.add_arguments(parser)
-        return collectives.run(parser.parse_args(rest))
-    if name == "kernels":
-        from minisgl.bench import kernels
-
-        kernels.add_arguments(parser)
-        return kernels.run(parser.parse_args(rest))
-    if name == "online":
-        from minisgl.bench import online
-
-        online.add_arguments(parser)
-        return online.run(parser.parse_args(rest))
-    if name == "compare":
-        compare.add_arguments(parser)
-        return compare.run(parser.parse_args(rest))
-    if name == "weights":
-        from minisgl.bench import shapes
-
-        shapes.add_arguments(parser)
-        return shapes.run(parser.parse_args(rest))
-    radix.add_arguments(parser)
-    return radix.run(parser.parse_args(rest))
+    module = import_module(f"minisgl.bench.{'shapes' if name == 'weights' else name}")
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(rest))
+    return status
 
 
 if __name__ == "__main__":

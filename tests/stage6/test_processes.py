@@ -14,7 +14,7 @@ import torch.distributed as dist
 from stages.interface import Engine, EngineFailed, Request, RequestRefused, SamplingParams
 from stages.stage6_parallel import engine as stage6
 from stages.stage6_parallel.engine import EngineConfig, build
-from tests.oracle import assert_same_outputs, run_arriving, run_engine
+from tests.oracle import assert_same_outputs, run_arriving, run_engine, tokens_of
 from tests.stage2.oracle_case import oracle, settings, sharing
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -61,6 +61,19 @@ def test_it_serves_and_goes_when_it_is_forgotten(
     del engine
     gc.collect()
     assert not children()
+
+
+def test_it_can_be_closed_and_built_again(make: Callable[[], Engine]) -> None:
+    requests = [Request("a", [1, 2, 3], PARAMS)]
+    said = []
+    for _ in range(2):
+        engine = make()
+        said.append(tokens_of(run_engine(engine, requests)["a"]))
+        engine.close()
+        assert not children()
+        assert not dist.is_initialized()
+        engine.close()
+    assert said[0] == said[1]
 
 
 def test_ranks_that_disagree_end(make: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch) -> None:
