@@ -138,25 +138,49 @@ def test_ctrl_c_in_the_middle_of_an_answer(tiny: Path, tmp_path: Path) -> None:
         assert "error" not in server.stderr
 
 
-def test_torchrun(tiny: Path, tmp_path: Path) -> None:
-    """Rank 0 serves; the others compute. A signal to torchrun ends them all."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "minisgl.launch", str(tiny), "--port", "0", "--model-name", "tiny", *PAIR]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with (tmp_path / "stdout").open("wb") as stdout, (tmp_path / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
-    server = RunningServer(process, tmp_path)
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun(tiny: Path, tmp_path: Path, machines: int) -> None:
+    """Rank 0 serves; the others compute. A signal to torchrun ends them all. Two machines are two torchruns
+    here, each with a rank that believes to be alone on its machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    processes = []
+    for node in range(machines):
+        place = [
+            "--nnodes",
+            "2",
+            "--node-rank",
+            str(node),
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port),
+        ]
+        where = (
+            ["--standalone", "--nproc-per-node", "2"] if machines == 1 else [*place, "--nproc-per-node", "1"]
+        )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "minisgl.launch"]
+        command = [*torchrun, str(tiny), "--port", "0", "--model-name", "tiny", *PAIR]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        folder = tmp_path / str(node)
+        folder.mkdir()
+        with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+            processes.append(subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment))
+    servers = [RunningServer(process, tmp_path / str(node)) for node, process in enumerate(processes)]
     try:
-        server.wait_ready()
-        pids = server.descendants()
-        assert len(server.engine_pids()) == 1
-        status, answer = server.request(
+        servers[0].wait_ready()
+        pids = [pid for server in servers for pid in server.descendants()]
+        assert len(servers[0].engine_pids()) == 1
+        status, answer = servers[0].request(
             "POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
         )
         assert status == 200, json.dumps(answer)
-        process.terminate()
-        process.wait(30)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
         assert gone_within(pids, 5)
     finally:
-        for pid in filter(alive, [process.pid, *server.descendants()]):
+        left = [pid for server in servers for pid in [server.process.pid, *server.descendants()]]
+        for pid in filter(alive, left):
             os.kill(pid, signal.SIGKILL)
