@@ -117,7 +117,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _preparation(c: ModelConfig, n: int, randn: Randn, pdl: bool) -> Iterator[Case]:
-    from stages.stage5_overlap.kernels.attention import Preparation
+    from stages.stage5_overlap.kernels.preparation import Preparation
 
     width, size = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, f"{n:,} token{'s' * (n > 1)}"
     moved = n * 2 * (width * _BYTES + c.head_dim * 4)  # the angles are in float32

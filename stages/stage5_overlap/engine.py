@@ -113,7 +113,7 @@ def make_runner(
     parts = make_parts(config, loaded, num_pages, draw)
     prepare, decode = plain_preparation(parts.cache, QKV(model.config, parts.rope)), None
     if "prepare" in fused:
-        from stages.stage5_overlap.kernels.attention import Preparation
+        from stages.stage5_overlap.kernels.preparation import Preparation
 
         prepare = Preparation(parts.cache, model.config, parts.rope, pdl)
     if "decode" in fused:

@@ -17,8 +17,9 @@ from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Layer
 from stages.stage2_paged.kv_cache import PagedKVCache
 from stages.stage5_overlap.kernels import elementwise
-from stages.stage5_overlap.kernels.attention import DecodeAttention, Preparation
+from stages.stage5_overlap.kernels.attention import DecodeAttention
 from stages.stage5_overlap.kernels.linear import linear
+from stages.stage5_overlap.kernels.preparation import Preparation
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
