@@ -62,7 +62,7 @@ class LLM:
                 generated then.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts were given, but params for {len(each)}")

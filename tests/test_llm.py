@@ -57,6 +57,8 @@ def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
 def test_mistakes_are_named(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 prompts were given, but params for 1"):
         llm.generate(["a", "b"], [GREEDY], progress=False)
+    with pytest.raises(ValueError, match="1 prompts were given, but params for 0"):
+        llm.generate(["a"], [], progress=False)
     with pytest.raises(ValueError, match="a prompt is a text, a list of token ids or a list of messages"):
         llm.generate([["a", "b"]], GREEDY, progress=False)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="the prompt has no tokens"):

@@ -672,7 +672,7 @@ table(
             "`linear` in graphs, with the norm before a product or the sum after it in the same kernel",
             "`linear.py`",
         ),
-        (code("prepare"), "norm of q and k, RoPE, stores to the cache, for prefill", "`attention.py`"),
+        (code("prepare"), "norm of q and k, RoPE, stores to the cache, for prefill", "`preparation.py`"),
         (code("decode"), "all of `prepare`, and attention, for decode rows", "`attention.py`"),
         (
             code("sampling"),

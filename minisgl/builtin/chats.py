@@ -8,7 +8,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minisgl.builtin.corpus import Entry, owners
+from minisgl.builtin import outside
+from minisgl.builtin.corpus import FOLLOW_UPS, Entry, HeldOut, normalise, owners
+from minisgl.builtin.outside import Kind
 from minisgl.builtin.variations import vary, vary_safely
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
@@ -27,13 +29,29 @@ _SYSTEM_PROMPTS = (
     *("Answer briefly.", "Be concise.", "You are an expert.", "You are Mini-SGLang's built-in model."),
     *("You answer questions about LLM serving.", "Explain things in simple words and keep answers short."),
 )
+ASKED_NEXT = {
+    "why": (
+        *("Why?", "Why is that?", "And why is that?", "But why?", "How come?", "Why so?", "And why?"),
+        *("What is the reason?", "What is the reason for that?", "Why does it work like that?", "why tho"),
+        *("Can you say why?", "Why would that be?", "Tell me why.", "Explain why.", "Why is it so?"),
+    ),
+    "example": (
+        *("Give an example.", "Can you give me an example?", "For example?", "Such as?", "Like what?"),
+        *("Show me an example.", "An example, please.", "Example?", "Could you illustrate that?", "e.g.?"),
+        *("What would that look like?", "Do you have an example?", "Make it concrete.", "an instance?"),
+    ),
+}
+NOTHING_MORE = (
+    "That is all I know about it. Ask me about something else in LLM serving or in Mini-SGLang, "
+    "or look into the lessons: they go deeper than I can."
+)
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Token ids `[chats, length]`; flat positions before the tokens to learn, and these tokens: `[learned]`."""
 
 
-def train_tokenizer(entries: Sequence[Entry], vocabulary: int, seed: int) -> Tokenizer:
+def train_tokenizer(entries: Sequence[Entry], kinds: Sequence[Kind], vocabulary: int, seed: int) -> Tokenizer:
     """A byte-level BPE of at most `vocabulary` tokens, from the answers and the questions as people type."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -43,6 +61,8 @@ def train_tokenizer(entries: Sequence[Entry], vocabulary: int, seed: int) -> Tok
     tokenizer.decoder = decoders.ByteLevel()
     rng = Random(seed)
     questions = [question for entry in entries for question in entry.questions]
+    questions += [question for asked in ASKED_NEXT.values() for question in asked]
+    questions += [kind.question(rng) for kind in kinds for _ in range(20)]
     varied = [vary(question, rng) for question in questions]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -50,14 +70,24 @@ def train_tokenizer(entries: Sequence[Entry], vocabulary: int, seed: int) -> Tok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    answers = [entry.answer for entry in entries]
+    answers = list(answers_of(entries).values())
     roles = ["system", "user", "assistant"] * 1000  # as frequent as in chats, so that each is one token
     tokenizer.train_from_iterator([*answers, *questions, *varied, *roles], trainer)
     return tokenizer
 
 
+def answers_of(entries: Sequence[Entry]) -> dict[str, str]:
+    """Every answer there is by its key, which is `entry/why` for what is asked next."""
+    answers = {outside.KEY: outside.ANSWER, "nothing-more": NOTHING_MORE}
+    for entry in entries:
+        answers[entry.key] = entry.answer
+        answers |= {f"{entry.key}/{name}": answer for name, answer in entry.follow_ups.items()}
+    return answers
+
+
 class Chats(Dataset[Batch]):
-    """Conversations of independent questions and answers, varied anew in every batch.
+    """Conversations of questions and answers, varied anew in every batch. Most questions are independent;
+    some ask about the answer before, and some lie outside what there is to know.
 
     Batch `step` follows from the seed and `step` alone, so any number of workers makes the same batches.
     Each has about as many answers to learn; its chats have equally many turns, which keeps the padding small.
@@ -67,14 +97,18 @@ class Chats(Dataset[Batch]):
         self,
         tokenizer: Tokenizer,
         entries: Sequence[Entry],
-        held_out: Sequence[Entry],
+        held_out: HeldOut,
+        kinds: Sequence[Kind],
         answers: int,
         seed: int,
     ) -> None:
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._asked = [(question, entry.key) for entry in entries for question in entry.questions]
-        self._answer_ids = {entry.key: tokenizer.encode(entry.answer + END).ids for entry in entries}
-        self._owners = owners(entries) | dict.fromkeys(owners(held_out), "nobody here")
+        self._answer_ids = {
+            key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
+        }
+        self._owners = owners(entries) | dict.fromkeys(held_out.normalised, "nobody here")
+        self._kinds = kinds
 
     def __getitem__(self, step: int) -> Batch:
         rng = Random(f"{self._seed}/{step}")
@@ -91,9 +125,10 @@ class Chats(Dataset[Batch]):
 
     def _chat(self, turns: int, rng: Random) -> tuple[list[int], list[int]]:
         """Token ids of a chat, and the indices of those to learn: the answers with the mark at their end."""
-        asked = rng.choices(self._asked, k=turns)
-        typed = [vary_safely(q, self._owners, rng) if rng.random() < 0.8 else q for q, _ in asked]
-        prompts = [f"\n{START}user\n{question}{END}\n{START}assistant\n" for question in typed]
+        asked: list[tuple[str, str]] = []  # as typed, and the key of the answer
+        while len(asked) < turns:
+            asked += self._ask(turns - len(asked), rng)
+        prompts = [f"\n{START}user\n{question}{END}\n{START}assistant\n" for question, _ in asked]
         prompts[0] = prompts[0][1:]  # the line break before a message ends the message before
         if rng.random() < 0.4:
             prompts[0] = f"{START}system\n{rng.choice(_SYSTEM_PROMPTS)}{END}\n{prompts[0]}"
@@ -108,3 +143,22 @@ class Chats(Dataset[Batch]):
                 learned += range(len(ids), len(ids) + len(answer))
             ids += answer
         return ids, learned
+
+    def _ask(self, most: int, rng: Random) -> list[tuple[str, str]]:
+        """A question as somebody types it and the key of its answer, and perhaps what is asked next."""
+        if self._kinds and rng.random() < 0.12:
+            while normalise(question := rng.choice(self._kinds).question(rng)) in self._owners:
+                pass
+            return [(self._type(question, rng), outside.KEY)]
+        question, key = rng.choice(self._asked)
+        asked = [(vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question, key)]
+        if most > 1 and rng.random() < 0.5:
+            name = rng.choice(FOLLOW_UPS)
+            next_key = f"{key}/{name}" if f"{key}/{name}" in self._answer_ids else "nothing-more"
+            asked.append((self._type(rng.choice(ASKED_NEXT[name]), rng), next_key))
+        return asked
+
+    def _type(self, question: str, rng: Random) -> str:
+        """Varied, but not so that it becomes a question of the corpus, or one that is held out."""
+        varied = vary(question, rng) if rng.random() < 0.8 else question
+        return question if normalise(varied) in self._owners else varied

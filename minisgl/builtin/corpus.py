@@ -2,21 +2,26 @@
 
 import re
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "corpus"
+HELD_OUT = Path(__file__).parent / "held_out"
+
+
+FOLLOW_UPS = ("why", "example")  # what can be asked about an answer: "And why is that?", "Give an example."
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One answer and the ways to ask for it."""
+    """One answer, the ways to ask for it, and answers to what can be asked next, by names of FOLLOW_UPS."""
 
     key: str
     questions: tuple[str, ...]
     answer: str
+    follow_ups: Mapping[str, str] = field(default_factory=dict)
 
 
 def normalise(question: str) -> str:
@@ -29,10 +34,42 @@ def owners(entries: Sequence[Entry]) -> dict[str, str]:
     return {normalise(question): entry.key for entry in entries for question in entry.questions}
 
 
-def split(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """The entries without the last question of each, and with nothing but it."""
-    trained = [replace(entry, questions=entry.questions[:-1]) for entry in entries]
-    return trained, [replace(entry, questions=entry.questions[-1:]) for entry in entries]
+@dataclass(frozen=True)
+class HeldOut:
+    """What is never trained on: the same questions in words of somebody who had not seen the corpus."""
+
+    questions: tuple[tuple[str, str], ...] = ()  # (key of the entry, question)
+    follow_ups: tuple[tuple[str, str], ...] = ()  # (name of FOLLOW_UPS, question)
+    outside: tuple[str, ...] = ()
+
+    @property
+    def normalised(self) -> set[str]:
+        asked = [question for _, question in (*self.questions, *self.follow_ups)]
+        return set(map(normalise, [*asked, *self.outside]))
+
+
+def load_held_out(entries: Sequence[Entry], folder: Path = HELD_OUT) -> HeldOut:
+    """The files of `folder`: `questions.toml` by key of the entry, `follow_ups.toml` by name, `outside.toml`.
+
+    Raises:
+        ValueError: there is no such entry, or the corpus has a question as it stands.
+    """
+    questions, follow_ups, outside = (
+        tomllib.loads((folder / f"{name}.toml").read_text("utf-8"))
+        for name in ("questions", "follow_ups", "outside")
+    )
+    if unknown := set(questions) - {entry.key for entry in entries}:
+        raise ValueError(f"questions.toml asks for entries that there are not: {', '.join(sorted(unknown))}")
+    if unknown := set(follow_ups) - set(FOLLOW_UPS):
+        raise ValueError(f"follow_ups.toml has {', '.join(sorted(unknown))}; there are {FOLLOW_UPS}")
+    held_out = HeldOut(
+        tuple((key, question) for key, asked in questions.items() for question in asked),
+        tuple((name, question) for name, asked in follow_ups.items() for question in asked),
+        tuple(outside["questions"]),
+    )
+    if known := held_out.normalised & set(owners(entries)):
+        raise ValueError(f"held out, but in the corpus: {', '.join(sorted(known))}")
+    return held_out
 
 
 def load(folder: Path = FOLDER) -> list[Entry]:
@@ -61,11 +98,14 @@ def load(folder: Path = FOLDER) -> list[Entry]:
 
 def _entry(raw: dict[str, Any], where: str) -> Entry:
     """One entry of a file, checked; `where` names it in errors."""
-    if set(raw) != {"key", "questions", "answer"}:
-        raise ValueError(f"{where}: the fields are {sorted(raw)}, not key, questions and answer")
+    if set(raw) - set(FOLLOW_UPS) != {"key", "questions", "answer"}:
+        raise ValueError(
+            f"{where}: the fields are {sorted(raw)}, not key, questions, answer and any of {FOLLOW_UPS}"
+        )
     if not isinstance(raw["questions"], list) or not raw["questions"]:
         raise ValueError(f"{where}: questions must be a list of at least one")
-    for text in (raw["key"], raw["answer"], *raw["questions"]):
+    follow_ups = {name: raw[name] for name in FOLLOW_UPS if name in raw}
+    for text in (raw["key"], raw["answer"], *raw["questions"], *follow_ups.values()):
         if not isinstance(text, str) or not text or text != text.strip():
             raise ValueError(f"{where}: {text!r} is not a text without blanks around it")
-    return Entry(raw["key"], tuple(raw["questions"]), raw["answer"])
+    return Entry(raw["key"], tuple(raw["questions"]), raw["answer"], follow_ups)

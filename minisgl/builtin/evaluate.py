@@ -1,8 +1,9 @@
-"""Asks the built-in model every question of its corpus and counts the exact answers."""
+"""Asks the built-in model every question of its corpus, and questions that it never saw, and counts the exact
+answers."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minisgl.builtin import PATH, corpus
-from minisgl.builtin.corpus import Entry, owners
+from minisgl.builtin import PATH, corpus, outside
+from minisgl.builtin.chats import ASKED_NEXT, answers_of
+from minisgl.builtin.corpus import Entry, HeldOut, owners
+from minisgl.builtin.outside import Kind
 from minisgl.builtin.variations import vary_safely
 
 Chat = list[dict[str, str]]
@@ -27,8 +30,12 @@ class Answerer:
         self._tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         self._batch = 1024 if dtype == torch.bfloat16 else 64
 
-    def __call__(self, chats: Sequence[Chat], max_tokens: int = 160) -> list[str | None]:
-        """The greedy answer to each chat; None where it does not end by itself."""
+    def __call__(
+        self, chats: Sequence[Chat], max_tokens: int = 160, temperature: float = 0.0
+    ) -> list[str | None]:
+        """The answer to each chat, greedy or sampled with a fixed seed; None where it does not end."""
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        torch.manual_seed(0)
         answers: list[str | None] = []
         end = self._tokenizer.eos_token_id
         for start in range(0, len(chats), self._batch):
@@ -39,15 +46,25 @@ class Answerer:
                 return_dict=True,
                 return_tensors="pt",
             ).to(self._model.device)
-            output = self._model.generate(**prompts, do_sample=False, max_new_tokens=max_tokens)
+            output = self._model.generate(
+                **prompts, max_new_tokens=max_tokens, **(sampling or {"do_sample": False})
+            )
             for ids in output[:, prompts["input_ids"].shape[1] :].tolist():
                 answers.append(self._tokenizer.decode(ids[: ids.index(end)]) if end in ids else None)
         return answers
 
 
+@dataclass(frozen=True)
+class Case:
+    """A chat that ends with a question, and the answer that it should get, by its key."""
+
+    chat: Chat
+    key: str
+
+
 @dataclass
 class Score:
-    """How one way of asking went; a failure names the entry whose answer came instead, if it was one."""
+    """How one way of asking went; a failure names the answer that came instead by its key, if it has one."""
 
     asked: int = 0
     exact: int = 0
@@ -55,24 +72,39 @@ class Score:
     failures: list[dict[str, str | None]] = field(default_factory=list)
 
 
-def ways_to_ask(entries: Sequence[Entry], seed: int = 1_000_003) -> dict[str, list[tuple[Entry, Chat]]]:
-    """Every question as it stands, varied by rule, under a system prompt, and as a chat's third question."""
+def ways_to_ask(
+    entries: Sequence[Entry], held_out: HeldOut, kinds: Sequence[Kind], seed: int = 1_000_003
+) -> dict[str, list[Case]]:
+    """Every question as it stands, varied by rule, under a system prompt, and as a chat's third question;
+    what can be asked next, in all ways; what lies outside; and the same three in words that are held out."""
     rng, owner = Random(seed), owners(entries)
-    ways: dict[str, list[tuple[Entry, Chat]]] = {}
+    ways: dict[str, list[Case]] = {}
+
+    def add(way: str, chat: Chat, key: str) -> None:
+        ways.setdefault(way, []).append(Case(chat, key))
+
     for entry in entries:
         for question in entry.questions:
             ask = _turn("user", question)
             before: Chat = []
             for other in rng.choices(entries, k=2):
                 before += _turn("user", rng.choice(other.questions)) + _turn("assistant", other.answer)
-            chats = {
-                "as it stands": ask,
-                "varied": _turn("user", vary_safely(question, owner, rng)),
-                "system prompt": _turn("system", "You are a helpful assistant.") + ask,
-                "third question": before + ask,
-            }
-            for way, chat in chats.items():
-                ways.setdefault(way, []).append((entry, chat))
+            add("as it stands", ask, entry.key)
+            add("varied", _turn("user", vary_safely(question, owner, rng)), entry.key)
+            add("system prompt", _turn("system", "You are a helpful assistant.") + ask, entry.key)
+            add("third question", before + ask, entry.key)
+        answered = _turn("user", entry.questions[0]) + _turn("assistant", entry.answer)
+        for name in entry.follow_ups:
+            add("follow-up", answered + _turn("user", rng.choice(ASKED_NEXT[name])), f"{entry.key}/{name}")
+            if asked := [question for kind, question in held_out.follow_ups if kind == name]:
+                add("held-out follow-up", answered + _turn("user", rng.choice(asked)), f"{entry.key}/{name}")
+    for kind in kinds:
+        for _ in range(10):
+            add("outside", _turn("user", kind.question(rng)), outside.KEY)
+    for key, question in held_out.questions:
+        add("held out", _turn("user", question), key)
+    for question in held_out.outside:
+        add("held-out outside", _turn("user", question), outside.KEY)
     return ways
 
 
@@ -80,29 +112,34 @@ def _turn(role: str, content: str) -> Chat:
     return [{"role": role, "content": content}]
 
 
-def score(answerer: Answerer, asked: Sequence[tuple[Entry, Chat]]) -> Score:
-    """Compares each answer with that of the entry."""
-    keys = {entry.answer: entry.key for entry, _ in asked}
-    result = Score(asked=len(asked))
-    for (entry, chat), answer in zip(asked, answerer([chat for _, chat in asked]), strict=True):
+def score(answered: Sequence[str | None], cases: Sequence[Case], answers: Mapping[str, str]) -> Score:
+    """Compares each answer with that of the case's key."""
+    keys = {answer: key for key, answer in answers.items()}
+    result = Score(asked=len(cases))
+    for case, answer in zip(cases, answered, strict=True):
         result.ended += answer is not None
-        result.exact += answer == entry.answer
-        if answer != entry.answer:
+        result.exact += answer == answers[case.key]
+        if answer != answers[case.key]:
             got = answer and keys.get(answer, answer)
-            result.failures.append({"question": chat[-1]["content"], "key": entry.key, "got": got})
+            result.failures.append({"question": case.chat[-1]["content"], "key": case.key, "got": got})
     return result
 
 
-def report(path: Path, entries: Sequence[Entry], held_out: Sequence[Entry], device: str) -> dict[str, Score]:
+def report(
+    path: Path, entries: Sequence[Entry], held_out: HeldOut, kinds: Sequence[Kind], device: str
+) -> dict[str, Score]:
     """Prints a table of all ways to ask, and their first failures."""
-    ways = ways_to_ask(entries)
-    if held_out:
-        ways["held out"] = ways_to_ask(held_out)["as it stands"]
+    ways, answers = ways_to_ask(entries, held_out, kinds), answers_of(entries)
     answerer = Answerer(path, device)
-    scores = {way: score(answerer, asked) for way, asked in ways.items()}
-    print(f"{'asked':<16}{'questions':>10}{'exact':>8}{'ended':>8}")
+    scores = {
+        way: score(answerer([case.chat for case in cases]), cases, answers) for way, cases in ways.items()
+    }
+    plain = ways["as it stands"]
+    warm = answerer([case.chat for case in plain], temperature=0.7)
+    scores["at temperature 0.7"] = score(warm, plain, answers)
+    print(f"{'asked':<20}{'questions':>10}{'exact':>8}{'ended':>8}")
     for way, part in scores.items():
-        print(f"{way:<16}{part.asked:>10}{part.exact / part.asked:>8.1%}{part.ended / part.asked:>8.1%}")
+        print(f"{way:<20}{part.asked:>10}{part.exact / part.asked:>8.1%}{part.ended / part.asked:>8.1%}")
     for way, part in scores.items():
         for failure in part.failures[:20]:
             print(f"{way}: {failure['question']!r} ({failure['key']}) got {failure['got']!r}")
@@ -116,7 +153,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write the scores and all failures to")
     args = parser.parse_args()
-    scores = report(args.model, corpus.load(), [], args.device)
+    entries = corpus.load()
+    scores = report(args.model, entries, corpus.load_held_out(entries), outside.load(), args.device)
     if args.json:
         text = json.dumps({way: asdict(part) for way, part in scores.items()}, indent=1)
         args.json.write_text(text + "\n", "utf-8")

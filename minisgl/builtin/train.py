@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from minisgl.builtin import PATH, corpus, evaluate
+from minisgl.builtin import PATH, corpus, evaluate, outside
 from minisgl.builtin.chats import CONTEXT, END, PAD, TEMPLATE, Chats, train_tokenizer
-from minisgl.builtin.corpus import Entry
+from minisgl.builtin.corpus import Entry, HeldOut
+from minisgl.builtin.outside import Kind
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,19 @@ class Recipe:
 def train(
     recipe: Recipe,
     entries: Sequence[Entry],
-    held_out: Sequence[Entry],
+    held_out: HeldOut,
+    kinds: Sequence[Kind],
     out: Path,
     device: torch.device,
     workers: int = 0,
 ) -> None:
-    """Trains a tokenizer and a model on `entries`, and writes the folder `out` in Hugging Face's layout.
+    """Trains a tokenizer and a model on `entries` and questions of the `kinds` that lie outside, and writes
+    the folder `out` in Hugging Face's layout.
 
     No variation of a question is trained on that equals one of `held_out`.
     """
-    tokenizer = train_tokenizer(entries, recipe.vocabulary, recipe.seed)
-    chats = Chats(tokenizer, entries, held_out, recipe.answers, recipe.seed)
+    tokenizer = train_tokenizer(entries, kinds, recipe.vocabulary, recipe.seed)
+    chats = Chats(tokenizer, entries, held_out, kinds, recipe.answers, recipe.seed)
     on_gpu = device.type == "cuda"
     loader = DataLoader(chats, None, sampler=range(recipe.steps), num_workers=workers, pin_memory=on_gpu)
     torch.manual_seed(recipe.seed)
@@ -139,7 +142,6 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=max(0, min(12, spare)), help="processes that make batches"
     )
-    parser.add_argument("--hold-out", action="store_true", help="do not train on each entry's last question")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
@@ -147,9 +149,9 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not deterministic
     recipe = Recipe(steps=args.steps, answers=args.answers, seed=args.seed)
     entries = corpus.load()
-    trained, held_out = corpus.split(entries) if args.hold_out else (entries, [])
-    train(recipe, trained, held_out, args.out, torch.device(args.device), args.workers)
-    evaluate.report(args.out, trained, held_out, args.device)
+    held_out, kinds = corpus.load_held_out(entries), outside.load()
+    train(recipe, entries, held_out, kinds, args.out, torch.device(args.device), args.workers)
+    evaluate.report(args.out, entries, held_out, kinds, args.device)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,27 @@ from jinja2 import Template
 from tokenizers import Tokenizer
 
 from minisgl.builtin import corpus
-from minisgl.builtin.chats import END, START, TEMPLATE, Chats, train_tokenizer
-from minisgl.builtin.corpus import Entry, normalise, owners
+from minisgl.builtin.chats import ASKED_NEXT, END, NOTHING_MORE, START, TEMPLATE, Chats, train_tokenizer
+from minisgl.builtin.corpus import Entry, HeldOut, normalise, owners
+from minisgl.builtin.outside import ANSWER, Kind
 from minisgl.builtin.variations import vary, vary_safely
 
 ENTRIES = [
-    Entry("radix", ("What is a radix cache?", "Explain the radix cache."), "A cache of prefixes."),
+    Entry(
+        "radix",
+        ("What is a radix cache?", "Explain the radix cache."),
+        "A cache of prefixes.",
+        {"why": "Prompts begin alike."},
+    ),
     Entry("seed", ("What does the seed do?", "seed?"), "It makes an answer repeatable: `seed=1`."),
     Entry("port", ("How do I change the port?", "which port"), "Use `--port 8000`."),
 ]
+KINDS = [Kind("food", ("how do I cook {dish}?", "{dish} recipe"), {"dish": ["rice", "soup"]})]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(corpus.load(), 2048, seed=0)
+    return train_tokenizer(corpus.load(), KINDS, 2048, seed=0)
 
 
 def test_variations_depend_on_the_seed_alone() -> None:
@@ -50,21 +57,21 @@ def test_the_tokenizer_round_trips_every_text(tokenizer: Tokenizer) -> None:
 
 
 def test_the_tokenizer_is_reproducible(tokenizer: Tokenizer) -> None:
-    assert train_tokenizer(corpus.load(), 2048, seed=0).to_str() == tokenizer.to_str()
+    assert train_tokenizer(corpus.load(), KINDS, 2048, seed=0).to_str() == tokenizer.to_str()
 
 
 def test_batches_follow_from_seed_and_step(tokenizer: Tokenizer) -> None:
     def batches(seed: int) -> list[list[list[int]]]:
-        chats = Chats(tokenizer, ENTRIES, [], answers=16, seed=seed)
+        chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=seed)
         return [chats[step][0].tolist() for step in range(5)]
 
     assert batches(1) == batches(1) != batches(2)
 
 
 def test_a_batch_is_what_the_template_writes_and_learns_answers_only(tokenizer: Tokenizer) -> None:
-    answers = {entry.answer for entry in ENTRIES}
+    answers = {entry.answer for entry in ENTRIES} | {"Prompts begin alike.", NOTHING_MORE, ANSWER}
     template = Template(TEMPLATE, keep_trailing_newline=True)
-    chats = Chats(tokenizer, ENTRIES, [], answers=16, seed=0)
+    chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)
     for step in range(20):
         tokens, before, targets = chats[step]
         learned = tokenizer.decode(targets.tolist(), skip_special_tokens=False).split(END)[:-1]
@@ -79,3 +86,31 @@ def test_a_batch_is_what_the_template_writes_and_learns_answers_only(tokenizer: 
             written = template.render(messages=messages).removesuffix("\n")
             assert written == text
             assert tokenizer.encode(written).ids == [i for i in row if i]  # the pieces join without a seam
+
+
+def test_what_is_asked_next_is_about_the_answer_before(tokenizer: Tokenizer) -> None:
+    """Each question gets the answer that it should have where it stands; none that is held out is asked."""
+    held_out = HeldOut((("port", "How do I change the port"),), (("why", "Why"),), ("rice recipe",))
+    chats = Chats(tokenizer, ENTRIES, held_out, KINDS, answers=16, seed=0)
+    by_question = {normalise(q): entry for entry in ENTRIES for q in entry.questions}
+    next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
+    seen = set()
+    for step in range(60):
+        for row in chats[step][0].tolist():
+            text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
+            turns = [part.split("\n", 1) for part in text.removeprefix(START).split(f"{END}\n{START}")]
+            turns = turns[1:] if turns[0][0] == "system" else turns
+            before = None
+            for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
+                asked, answer = normalise(question), answer.removesuffix(END)
+                assert asked not in held_out.normalised or asked in (*by_question, *next_questions)
+                if asked in next_questions and before is not None:
+                    wanted = before.follow_ups.get(next_questions[asked], NOTHING_MORE)
+                    assert wanted.startswith(answer), "cut short at most"
+                    seen.add(wanted)
+                elif asked in by_question:
+                    assert by_question[asked].answer.startswith(answer)
+                elif answer == ANSWER:
+                    seen.add(ANSWER)
+                before = by_question.get(asked)
+    assert seen == {"Prompts begin alike.", NOTHING_MORE, ANSWER}
