@@ -12,7 +12,7 @@ GOOD = '[[entry]]\nkey = "a"\nquestions = ["What is A?"]\nanswer = "A is a lette
 
 def test_the_corpus_is_valid_and_large_enough() -> None:
     entries = corpus.load()
-    assert len(entries) >= 100
+    assert len(entries) >= 400
     assert len({entry.answer for entry in entries}) == len(entries)
     for entry in entries:
         assert len(entry.questions) >= 2, entry.key
