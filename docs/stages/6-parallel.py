@@ -1080,8 +1080,8 @@ show(one_shot._meet)
 # - **All add in the same order.** Sums of floats depend on it, and ranks whose residual streams differ in the
 #   last bit would one day draw different tokens.
 #
-# Each rank reads `n-1` times its own bytes, where NCCL sends `2 (n-1)/n` times as many. From a few megabytes
-# on, NCCL is left to it.
+# Each rank reads `n-1` times its own bytes, where NCCL sends `2 (n-1)/n` times as many. So what would be more
+# than 4 MB to read is left to NCCL.
 #
 # ### And the vocabulary
 #

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from minisgl.bench.record import environment, save
+from minisgl.bench.record import Json, environment, save
 from minisgl.bench.shapes import SHAPES
 from minisgl.bench.timing import microseconds
 from stages.stage1_naive import model as plain
 from stages.stage5_overlap.fused import has_dependent_launch, make_ops
 from stages.stage6_parallel.communicator import Communicator
-
-Json = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +66,8 @@ def _rank(rank: int, size: int, port: int, shape: str, rows: list[int], queue: A
 
 
 def _measure(communicator: Communicator, rank: int, shape: str, rows: int, device: torch.device) -> Json:
-    """Microseconds of each collective for `rows` positions, and of what it is joined with."""
+    """Microseconds of each collective for `rows` positions, and of what it is joined with. Sums are summed
+    again, up to infinity: no time here depends on the numbers."""
     width, vocab = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32

@@ -5,7 +5,6 @@ For decode attention it prepares q, k and v, gathers the pages, and takes `scale
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from minisgl.bench.limits import measure_machine
 from minisgl.bench.record import Json, environment, save
-from minisgl.bench.shapes import SHAPES
+from minisgl.bench.shapes import SHAPES, write_config
 from minisgl.bench.timing import microseconds
 from stages.interface import Request, SamplingParams
 from stages.stage1_naive import model as plain
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--rows must be numbers such as 1,8,256, not {args.rows!r}")
     device = _device()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        write_config(Path(folder), args.shape)
         config = ModelConfig.load(Path(folder))
     bandwidth = measure_machine(device, torch.bfloat16).bandwidth
     torch.manual_seed(0)

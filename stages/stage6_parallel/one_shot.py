@@ -22,7 +22,8 @@ from stages.stage5_overlap.kernels.elementwise import begin
 
 logger = logging.getLogger(__name__)
 
-_MOST_BYTES = 4 << 20  # that a rank reads of the others; from there on, NCCL is as fast
+# That a rank reads of the others. On two H200s 2.6 MB took 14 µs, NCCL and the norm 31; no more was tried.
+_MOST_BYTES = 4 << 20
 
 
 class OneShot:
@@ -87,9 +88,8 @@ def _shared(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rank: int, size: int
 ) -> list[Tensor]:
     """Zeros of this shape in every rank's memory, as this rank sees them."""
-    os.environ.setdefault(
-        "TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"
-    )  # of no use here, and asks much of a driver
+    # Multicast is of no use here, and asks much of a driver.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed._symmetric_memory as symmetric
 
     own = symmetric.empty(*shape, dtype=dtype, device=device).zero_()
