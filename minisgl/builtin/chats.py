@@ -1,6 +1,8 @@
 """From the corpus to batches of tokens: the tokenizer, the chat template, the conversations to learn from."""
 
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset
 from minisgl.builtin import outside
 from minisgl.builtin.corpus import FOLLOW_UPS, Entry, HeldOut, normalise, owners
 from minisgl.builtin.outside import Kind
-from minisgl.builtin.variations import vary, vary_safely
+from minisgl.builtin.variations import cross_safely, vary, vary_safely
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 CONTEXT = 2048
@@ -29,23 +31,16 @@ _SYSTEM_PROMPTS = (
     *("Answer briefly.", "Be concise.", "You are an expert.", "You are Mini-SGLang's built-in model."),
     *("You answer questions about LLM serving.", "Explain things in simple words and keep answers short."),
 )
-ASKED_NEXT = {
-    "why": (
-        *("Why?", "Why is that?", "And why is that?", "But why?", "How come?", "Why so?", "And why?"),
-        *("What is the reason?", "What is the reason for that?", "Why does it work like that?", "why tho"),
-        *("Can you say why?", "Why would that be?", "Tell me why.", "Explain why.", "Why is it so?"),
-    ),
-    "example": (
-        *("Give an example.", "Can you give me an example?", "For example?", "Such as?", "Like what?"),
-        *("Show me an example.", "An example, please.", "Example?", "Could you illustrate that?", "e.g.?"),
-        *("What would that look like?", "Do you have an example?", "Make it concrete.", "an instance?"),
-    ),
-}
+_ASKED_NEXT_FILE = Path(__file__).with_name("asked_next.toml")
+ASKED_NEXT: dict[str, list[str]] = tomllib.loads(_ASKED_NEXT_FILE.read_text("utf-8"))
 NOTHING_MORE = (
     "That is all I know about it. Ask me about something else in LLM serving or in Mini-SGLang, "
     "or look into the lessons: they go deeper than I can."
 )
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
+# To find the right answer is harder to learn than to recite it. So most batches have no more of each answer
+# than its beginning, which tells it from the others, and ask more questions instead.
+_BRIEF, _BEGINNING = 0.6, 12  # share of the batches; tokens
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Token ids `[chats, length]`; flat positions before the tokens to learn, and these tokens: `[learned]`."""
@@ -62,7 +57,7 @@ def train_tokenizer(entries: Sequence[Entry], kinds: Sequence[Kind], vocabulary:
     rng = Random(seed)
     questions = [question for entry in entries for question in entry.questions]
     questions += [question for asked in ASKED_NEXT.values() for question in asked]
-    questions += [kind.question(rng) for kind in kinds for _ in range(20)]
+    questions += [outside.ask(kinds, rng) for _ in range(20 * len(kinds))]
     varied = [vary(question, rng) for question in questions]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -103,7 +98,10 @@ class Chats(Dataset[Batch]):
         seed: int,
     ) -> None:
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
-        self._asked = [(question, entry.key) for entry in entries for question in entry.questions]
+        self._questions = {entry.key: entry.questions for entry in entries}
+        self._asked = [
+            (question, key) for key, questions in self._questions.items() for question in questions
+        ]
         self._answer_ids = {
             key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
         }
@@ -112,8 +110,10 @@ class Chats(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         rng = Random(f"{self._seed}/{step}")
-        (turns,) = rng.choices(_TURNS, _TURN_WEIGHTS)
-        chats = [self._chat(turns, rng) for _ in range(max(1, self._answers // turns))]
+        brief = rng.random() < _BRIEF
+        turns = 1 if brief else rng.choices(_TURNS, _TURN_WEIGHTS)[0]
+        count = 2 * self._answers if brief else max(1, self._answers // turns)
+        chats = [self._chat(turns, rng, _BEGINNING if brief else None) for _ in range(count)]
         length = min(max(len(ids) for ids, _ in chats), CONTEXT)
         tokens = torch.zeros(len(chats), length, dtype=torch.long)  # PAD, on the right
         where: list[int] = []
@@ -123,20 +123,21 @@ class Chats(Dataset[Batch]):
         before = torch.tensor(where)
         return tokens, before, tokens.flatten()[before + 1]
 
-    def _chat(self, turns: int, rng: Random) -> tuple[list[int], list[int]]:
-        """Token ids of a chat, and the indices of those to learn: the answers with the mark at their end."""
+    def _chat(self, turns: int, rng: Random, most: int | None) -> tuple[list[int], list[int]]:
+        """Token ids of a chat, and the indices of those to learn: the answers with the mark at their end, or
+        `most` tokens of each."""
         asked: list[tuple[str, str]] = []  # as typed, and the key of the answer
         while len(asked) < turns:
             asked += self._ask(turns - len(asked), rng)
         prompts = [f"\n{START}user\n{question}{END}\n{START}assistant\n" for question, _ in asked]
         prompts[0] = prompts[0][1:]  # the line break before a message ends the message before
-        if rng.random() < 0.4:
+        if most is None and rng.random() < 0.4:
             prompts[0] = f"{START}system\n{rng.choice(_SYSTEM_PROMPTS)}{END}\n{prompts[0]}"
         ids: list[int] = []
         learned: list[int] = []
         for i, prompt in enumerate(self._tokenizer.encode_batch(prompts)):
             ids += prompt.ids
-            answer = self._answer_ids[asked[i][1]]
+            answer = self._answer_ids[asked[i][1]][:most]
             if i + 1 < turns and rng.random() < 0.1:  # cut short by the user: to be lived with, not learned
                 answer = [*answer[: rng.randrange(len(answer))], answer[-1]]
             else:
@@ -146,12 +147,16 @@ class Chats(Dataset[Batch]):
 
     def _ask(self, most: int, rng: Random) -> list[tuple[str, str]]:
         """A question as somebody types it and the key of its answer, and perhaps what is asked next."""
-        if self._kinds and rng.random() < 0.12:
-            while normalise(question := rng.choice(self._kinds).question(rng)) in self._owners:
+        if self._kinds and rng.random() < 0.18:
+            while normalise(question := outside.ask(self._kinds, rng)) in self._owners:
                 pass
             return [(self._type(question, rng), outside.KEY)]
         question, key = rng.choice(self._asked)
-        asked = [(vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question, key)]
+        if rng.random() < 0.4:
+            typed = cross_safely(question, rng.choice(self._questions[key]), self._owners, rng)
+        else:
+            typed = vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question
+        asked = [(typed, key)]
         if most > 1 and rng.random() < 0.5:
             name = rng.choice(FOLLOW_UPS)
             next_key = f"{key}/{name}" if f"{key}/{name}" in self._answer_ids else "nothing-more"

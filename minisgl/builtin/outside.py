@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +26,12 @@ class Kind:
 
     def question(self, rng: Random) -> str:
         return _SLOT.sub(lambda slot: rng.choice(self.slots[slot[1]]), rng.choice(self.templates))
+
+
+def ask(kinds: Sequence[Kind], rng: Random) -> str:
+    """A question of any kind, all their patterns as often."""
+    (kind,) = rng.choices(kinds, [len(kind.templates) for kind in kinds])
+    return kind.question(rng)
 
 
 def load(path: Path = FILE) -> list[Kind]:

@@ -49,7 +49,7 @@ _ASKING = (
 _ORDERING = ("please ", "can you ", "could you ", "could you please ", "would you ", "pls ")
 _ENDINGS = (" please", ", please?", " thanks", ", thanks!", " thank you", " pls?", " in short", " briefly")
 _MARKS = ("", "", "", "?", "?", ".", "!", "??", " ?", "...", "?!")
-_CASES = (str.lower, str.lower, str.lower, str.capitalize, str.upper, str.title)
+_CASES = (*4 * (str.lower,), *3 * (str.capitalize,), str.upper, str.title)
 # fmt: on
 _QUESTION = re.compile(r"(what|why|how|which|where|when|who)\b", re.IGNORECASE)
 _ORDER = re.compile(r"(explain|tell|give|list|show|compare|describe|define|serve|run|start)\b", re.IGNORECASE)
@@ -66,7 +66,20 @@ def vary(question: str, rng: Random) -> str:
 
 def vary_safely(question: str, owners: Mapping[str, str], rng: Random) -> str:
     """A variation that no other entry's question equals; `owners` as `corpus.owners` gives them."""
-    varied, key = vary(question, rng), owners[normalise(question)]
+    return _safe(vary(question, rng), question, owners)
+
+
+def cross_safely(question: str, other: str, owners: Mapping[str, str], rng: Random) -> str:
+    """The beginning of one question and the end of `other`, one of the same answer, at times varied. Seldom
+    a sentence; but whoever learns to answer it has learned which words matter."""
+    words, more, at = question.split(), other.split(), rng.random()
+    crossed = words[: round(at * len(words))] + more[round(at * len(more)) :]
+    text = " ".join(crossed) if len(crossed) >= 4 else question  # two words left may be another's
+    return _safe(vary(text, rng) if rng.random() < 0.5 else text, question, owners)
+
+
+def _safe(varied: str, question: str, owners: Mapping[str, str]) -> str:
+    key = owners[normalise(question)]
     return varied if owners.get(normalise(varied), key) == key else question
 
 
@@ -90,6 +103,14 @@ def _shorten(text: str, rng: Random) -> str:
     """Words that carry little are left out, where enough stay."""
     words = [word for word in text.split(" ") if word.lower() not in _FILLERS or rng.random() < 0.3]
     return " ".join(words) if len(words) >= 3 else text
+
+
+def _forget(text: str, rng: Random) -> str:
+    """Any one word of a long question is left out: it should not hang on one."""
+    words = text.split(" ")
+    if len(words) >= 6:
+        del words[rng.randrange(len(words))]
+    return " ".join(words)
 
 
 def _be_polite(text: str, rng: Random) -> str:
@@ -129,6 +150,6 @@ def _mistype(text: str, rng: Random) -> str:
 
 
 _STEPS: tuple[tuple[Callable[[str, Random], str], float], ...] = (
-    *((_rewrite, 0.35), (_reword, 0.15), (_shorten, 0.15), (_be_polite, 0.35)),
-    *((_punctuate, 0.5), (_recase, 0.5), (_mistype, 0.25), (_mistype, 0.1)),
+    *((_rewrite, 0.3), (_reword, 0.12), (_shorten, 0.15), (_forget, 0.15), (_be_polite, 0.25)),
+    *((_punctuate, 0.4), (_recase, 0.35), (_mistype, 0.15), (_mistype, 0.05)),
 )

@@ -7,6 +7,7 @@ import torch
 from jinja2 import Template
 from tokenizers import Tokenizer
 
+from minisgl.builtin import chats as chats_module
 from minisgl.builtin import corpus
 from minisgl.builtin.chats import ASKED_NEXT, END, NOTHING_MORE, START, TEMPLATE, Chats, train_tokenizer
 from minisgl.builtin.corpus import Entry, HeldOut, normalise, owners
@@ -23,6 +24,7 @@ ENTRIES = [
     Entry("seed", ("What does the seed do?", "seed?"), "It makes an answer repeatable: `seed=1`."),
     Entry("port", ("How do I change the port?", "which port"), "Use `--port 8000`."),
 ]
+ANSWERS = {entry.answer for entry in ENTRIES}
 KINDS = [Kind("food", ("how do I cook {dish}?", "{dish} recipe"), {"dish": ["rice", "soup"]})]
 
 
@@ -68,8 +70,24 @@ def test_batches_follow_from_seed_and_step(tokenizer: Tokenizer) -> None:
     assert batches(1) == batches(1) != batches(2)
 
 
-def test_a_batch_is_what_the_template_writes_and_learns_answers_only(tokenizer: Tokenizer) -> None:
-    answers = {entry.answer for entry in ENTRIES} | {"Prompts begin alike.", NOTHING_MORE, ANSWER}
+def test_a_brief_batch_learns_how_answers_begin(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats_module, "_BRIEF", 1)
+    beginnings = [tokenizer.encode(answer + END).ids[:12] for answer in (*ANSWERS, ANSWER)]
+    tokens, before, targets = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)[0]
+    assert len(tokens) == 32
+    assert torch.equal(tokens.flatten()[before + 1], targets)
+    rows = before // tokens.shape[1]
+    for row in range(32):
+        assert targets[rows == row].tolist() in beginnings
+
+
+def test_a_batch_is_what_the_template_writes_and_learns_answers_only(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats_module, "_BRIEF", 0)
+    answers = ANSWERS | {"Prompts begin alike.", NOTHING_MORE, ANSWER}
     template = Template(TEMPLATE, keep_trailing_newline=True)
     chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)
     for step in range(20):

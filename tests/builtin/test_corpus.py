@@ -15,7 +15,7 @@ def test_the_corpus_is_valid_and_large_enough() -> None:
     assert len(entries) >= 400
     assert len({entry.answer for entry in entries}) == len(entries)
     for entry in entries:
-        assert len(entry.questions) >= 2, entry.key
+        assert len(entry.questions) >= 12, entry.key
         assert "".join((entry.key, *entry.questions, entry.answer)).isascii(), entry.key
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from minisgl.builtin import chats, outside
 from minisgl.builtin.corpus import Entry, HeldOut
-from minisgl.builtin.evaluate import Answerer, report
+from minisgl.builtin.evaluate import Answerer, measure, ways_to_ask
 from minisgl.builtin.outside import Kind
 from minisgl.builtin.train import Recipe, train
 
@@ -48,7 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns_every_question(folder: Path) -> None:
-    scores = report(folder, ENTRIES, HELD_OUT, KINDS, "cpu")
+    ways = ways_to_ask(ENTRIES, HELD_OUT, KINDS, each=None)
+    scores = measure(Answerer(folder, "cpu"), ways, chats.answers_of(ENTRIES))
     assert scores["as it stands"].failures == []
     assert scores["system prompt"].failures == []
     assert scores["third question"].failures == []
