@@ -1027,10 +1027,6 @@ table(
 )
 
 # %% [markdown]
-# (The kernel of q/k-norm, RoPE and store is another one since: it reads each half of a head once, where the
-# one measured here read every number twice. On another H200 it took 71 µs for 16,384 tokens, and the old one
-# 89.)
-#
 # With many rows the elementwise kernels run at the speed of a copy; there is nothing left to win but to not
 # move the bytes. With few rows a kernel takes a microsecond or two, whatever it does. The draw is the other
 # way round: 256 rows are nine times slower than their bytes, for it is bound by the arithmetic of its noise.
@@ -1067,10 +1063,30 @@ table(
 )
 
 # %% [markdown]
-# On a CPU the step ahead wins nothing, as there Python and the arithmetic share the same cores. On the
-# H200, in one run of each (up to 32 rows captured), one request of 128 tokens in and 512 out took 0.37 s
-# with everything, 0.44 s without the step ahead, and 5.80 s without graphs. The prefill of 64 x 1,024
-# tokens took 0.13 to 0.14 s in each of them: there the host is not in the way.
+# On a CPU the step ahead wins nothing, as there Python and the arithmetic share the same cores. On an H200,
+# with Qwen3-0.6B's shape and up to 32 rows (medians of three runs, in units of the whole engine's):
+
+# %% tags=["hide-input"]
+ablation = json.loads((ROOT / "benchmarks/results/stage5-ablation-h200.json").read_text())
+WORKLOADS = ["1 request, 128 in, 512 out", "16 x (256 shared + 64) in, 64 out", "prefill of 64 x 1,024"]
+seconds_of = {(r["part"], r["variant"], r["workload"]): r["seconds"] for r in ablation["results"]}
+parts = {r["variant"]: r["part"] for r in ablation["results"] if r["variant"] != "everything"}
+rows = [("nothing", *(f"{seconds_of[2, 'everything', name]:.3f} s" for name in WORKLOADS))]
+for variant, part in parts.items():
+    ratios = [seconds_of[part, variant, w] / seconds_of[part, "everything", w] for w in WORKLOADS]
+    rows.append((variant, *(f"{ratio:.2f}" for ratio in ratios)))
+table(["taken out", "1 request", "16 that share", "prefill of 64 x 1,024"], rows, "lrrr")
+print(ablation["note"])
+
+# %% [markdown]
+# *Graphs* and the *decode* kernel, without which there are no graphs, are worth a factor of ten where one
+# request waits for each token, and nothing to prefill. The kernel that prepares q, k and v halves the time
+# of prefill, for plain PyTorch makes a dozen passes over them. The step ahead brings 8% to one request and
+# 14% to prefill. And some parts pay nothing here: without `linear` the products of `layer` are still ours,
+# and the other way round, and either is as fast as both; 16 rows even seem a little faster without one,
+# within what two engines of the same kind differ (0.079 and 0.084 s of *nothing*, on two GPUs). A part that
+# only prevents a bad case, as chunks do, shows nothing in workloads without it: for that there is stage 4's
+# page.
 #
 # ## What the engine did, on a time axis
 #

@@ -1,12 +1,16 @@
 """The model in the package: its size, its files, and its answers to a handful of questions."""
 
+from random import Random
+
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from minisgl.builtin import PATH, corpus
-from minisgl.builtin.evaluate import Answerer
+from minisgl.builtin import PATH, corpus, outside
+from minisgl.builtin.chats import answers_of
+from minisgl.builtin.evaluate import AIMS, Answerer, Score, measure, ways_to_ask
 
+SOME = 100  # questions of a kind
 PINNED = {
     "What is a radix cache?": "radix-cache",
     "Why do we need pages?": "why-pages",
@@ -54,3 +58,22 @@ def test_a_second_question_in_a_chat_gets_its_own_answer(answerer: Answerer) -> 
         {"role": "user", "content": "What is a radix cache?"},
     ]
     assert answerer([chat]) == [answers["radix-cache"]]
+
+
+@pytest.fixture(scope="module")
+def scores(answerer: Answerer) -> dict[str, Score]:
+    """Of some questions of each kind: `python -m minisgl.builtin.evaluate` asks all."""
+    entries = corpus.load()
+    ways = ways_to_ask(entries, corpus.load_held_out(entries), outside.load())
+    some = {
+        way: Random(0).sample(ways[way], min(SOME, len(ways[way])))
+        for way in ("as it stands", *AIMS)
+        if way in ways
+    }
+    return measure(answerer, some, answers_of(entries))
+
+
+@pytest.mark.parametrize("way", AIMS)
+def test_it_reaches_what_it_aims_at(scores: dict[str, Score], way: str) -> None:
+    assert scores[way].share >= AIMS[way]
+    assert scores[way].ended == scores[way].asked, "an answer without an end"
