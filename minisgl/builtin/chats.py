@@ -151,7 +151,8 @@ class Chats(Dataset[Batch]):
             while normalise(question := outside.ask(self._kinds, rng)) in self._owners:
                 pass
             return [(self._type(question, rng), outside.KEY)]
-        question, key = rng.choice(self._asked)
+        key = rng.choice(self._keys)
+        question = rng.choice(self._questions[key])
         if rng.random() < 0.4:
             typed = cross_safely(question, rng.choice(self._questions[key]), self._owners, rng)
         else:
