@@ -99,9 +99,7 @@ class Chats(Dataset[Batch]):
     ) -> None:
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._questions = {entry.key: entry.questions for entry in entries}
-        self._asked = [
-            (question, key) for key, questions in self._questions.items() for question in questions
-        ]
+        self._keys = list(self._questions)
         self._answer_ids = {
             key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
         }

@@ -108,4 +108,6 @@ def _entry(raw: dict[str, Any], where: str) -> Entry:
     for text in (raw["key"], raw["answer"], *raw["questions"], *follow_ups.values()):
         if not isinstance(text, str) or not text or text != text.strip():
             raise ValueError(f"{where}: {text!r} is not a text without blanks around it")
+        if "<|" in text:
+            raise ValueError(f"{where}: {text!r} has <|, which begins the tokens between messages")
     return Entry(raw["key"], tuple(raw["questions"]), raw["answer"], follow_ups)

@@ -31,6 +31,7 @@ def test_the_corpus_is_valid_and_large_enough() -> None:
         (GOOD.replace('["What is A?"]', '"What is A?"'), "entry 'a': questions must be a list"),
         (GOOD.replace('"What is A?"', ""), "entry 'a': questions must be a list of at least one"),
         (GOOD.replace("letter.", "letter. "), "entry 'a': 'A is a letter. ' is not a text without blanks"),
+        (GOOD.replace("letter.", "<|letter|>."), "entry 'a': 'A is a .*' has .*, which begins"),
         (GOOD.replace("key", "name"), "entry 'without a key': the fields are"),
     ],
 )
