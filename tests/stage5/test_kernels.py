@@ -79,7 +79,7 @@ def test_linear(rows: int, size: int, depth: int, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32])
-@pytest.mark.parametrize(("size", "depth"), [(64, 64), (10, 300)])
+@pytest.mark.parametrize(("size", "depth"), [(64, 64), (10, 300), (6, 5120), (6, 8192)])
 def test_gated_linear(rows: int, size: int, depth: int) -> None:
     x, weight = random(rows, depth), random(2 * size, depth, scale=depth**-0.5)
     gate, up = torch.nn.functional.linear(x, weight).chunk(2, dim=-1)

@@ -39,7 +39,7 @@ def linear(
     rows, depth = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, size) if onto is None else onto
-    block_size, parts, block_depth, warps, stages = _shape(rows, size, depth, gated)
+    block_size, parts, block_depth, warps, stages = _shape(rows, size, depth, gated, norm is not None)
     norm_weight, eps = norm or (None, 0.0)
     _linear[(triton.cdiv(size, block_size),)](
         x, weight, bias, norm_weight, out, rows, size, depth, x.stride(0), eps,
@@ -50,7 +50,7 @@ def linear(
     return out
 
 
-def _shape(rows: int, size: int, depth: int, gated: bool) -> tuple[int, int, int, int, int]:
+def _shape(rows: int, size: int, depth: int, gated: bool, normed: bool) -> tuple[int, int, int, int, int]:
     """Rows of weights in a block; of each, how many parts at a time of which depth; warps; stages. All as
     measured on an H200.
 
@@ -58,6 +58,8 @@ def _shape(rows: int, size: int, depth: int, gated: bool) -> tuple[int, int, int
     """
     whole = triton.next_power_of_2(depth)
     if rows == 1:
+        if gated and not normed and depth > 4096:
+            return 1, 1, 2048 if depth >= 8192 else 1024, 2, 2
         if gated:
             return 2, 1, min(1024, whole), 2, 2
         if depth <= 4096:
