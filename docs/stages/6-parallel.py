@@ -1194,8 +1194,9 @@ assert spent["_reduce_add_norm"]["count"] == steps * (2 * configs["qwen3-32b"].n
 # %% [markdown]
 # Two collectives a layer and one at the end, counted: they take 6% of the step, and the GPU is never idle
 # between kernels. What is lost is lost in the matrix products: gate and up took 95 µs of each layer's 171,
-# where their bytes take 61. Alone, with half as many rows of weights in a block of the kernel, they take 64 µs;
-# that is what the code does since, and two milliseconds a step less is what it promises. Measured it is not yet.
+# where their bytes take 61. Alone, with half as many rows of weights in a block of the kernel, they take
+# 64 µs; that is what the code does since, and two milliseconds a step less is what it promises. Measured it
+# is not yet.
 #
 # Llama-3.1-70B, which one GPU cannot hold, on two:
 
