@@ -599,7 +599,7 @@ for name, batch in (("stage 2", alone), ("stage 3", shared)):
 # batch, so after that read.
 #
 # And if the request that computes for everyone goes away? An abort may come at the worst moment, with the
-# batch scheduled and nothing launched. The row is launched all the same. Only its token is dropped:
+# batch launched and its tokens not yet read. The row is computed all the same. Only its token is dropped:
 
 # %%
 trio = [
@@ -615,8 +615,9 @@ for request in trio:
 
 batch = engine._scheduler.schedule()
 starts = {row.sequence.request.id: row.start for row in batch.rows}
+pending = engine._runner.launch(batch)
 engine._table.abort("a")
-outputs = engine._table.commit(batch, engine._runner.launch(batch).wait())
+outputs = engine._table.commit(batch, pending.wait())
 while engine.has_work:
     outputs += engine.step()
 
