@@ -75,7 +75,10 @@ class RequestTable:
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request wherever it is. Its row in a batch under way is dropped when that is committed."""
+        """Forget a request wherever it is. Its row in a batch under way is dropped when that is committed.
+
+        Not between a batch's `schedule` and its launch, which still asks for the pages that are given back.
+        """
         if sequence := self._sequences.get(request_id):
             self._finish(sequence)
 

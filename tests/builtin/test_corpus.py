@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from minisgl.builtin import corpus, outside
+from minisgl.builtin.chats import ASKED_NEXT
 
 GOOD = '[[entry]]\nkey = "a"\nquestions = ["What is A?"]\nanswer = "A is a letter."\n'
 
@@ -50,6 +51,9 @@ def test_what_is_held_out_is_not_in_the_corpus() -> None:
     entries = corpus.load()
     held_out = corpus.load_held_out(entries)
     assert not held_out.normalised & set(corpus.owners(entries))
+    assert not held_out.normalised & {corpus.normalise(q) for asked in ASKED_NEXT.values() for q in asked}
+    templates = [template for kind in outside.load() for template in kind.templates if "{" not in template]
+    assert not held_out.normalised & set(map(corpus.normalise, templates))
     assert {name for name, _ in held_out.follow_ups} == set(corpus.FOLLOW_UPS)
 
 

@@ -73,8 +73,9 @@ def scores(answerer: Answerer) -> dict[str, Score]:
     return measure(answerer, some, answers_of(entries))
 
 
-# With all questions these were 88.5%, 75.9% and 88.8%. A model that reaches one fails here: take it out then.
-NOT_YET = {"held out", "held-out follow-up", "held-out outside"}
+# Aims that are not reached yet, and what a model must keep: with all questions these are 88.5%, 75.9% and
+# 88.8%. One that reaches an aim fails here, too: take it out then.
+NOT_YET = {"held out": 0.80, "held-out follow-up": 0.65, "held-out outside": 0.80}
 
 
 @pytest.mark.parametrize(
@@ -88,4 +89,8 @@ NOT_YET = {"held out", "held-out follow-up", "held-out outside"}
 )
 def test_it_reaches_what_it_aims_at(scores: dict[str, Score], way: str) -> None:
     assert scores[way].share >= AIMS[way]
-    assert scores[way].ended == scores[way].asked, "an answer without an end"
+
+
+def test_it_does_not_fall_back(scores: dict[str, Score]) -> None:
+    assert all(scores[way].share >= least for way, least in NOT_YET.items())
+    assert all(part.ended == part.asked for part in scores.values()), "an answer without an end"

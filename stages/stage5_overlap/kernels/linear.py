@@ -58,7 +58,7 @@ def _shape(rows: int, size: int, depth: int, gated: bool, normed: bool) -> tuple
     """
     whole = triton.next_power_of_2(depth)
     if rows == 1:
-        if gated and not normed and depth > 4096:
+        if gated and depth > 4096 and not normed:  # with a norm it was not measured
             return 1, 1, 2048 if depth >= 8192 else 1024, 2, 2
         if gated:
             return 2, 1, min(1024, whole), 2, 2
