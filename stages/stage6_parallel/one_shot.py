@@ -9,16 +9,15 @@ It needs GPUs that read each other's memory, as those of one machine do over NVL
 """
 
 import logging
-import os
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stages.stage5_overlap.kernels.elementwise import begin
+from stages.stage6_parallel.peer_memory import shared
 
 logger = logging.getLogger(__name__)
 
@@ -72,30 +71,20 @@ def connect(
     """A `OneShot` for rows of `width` numbers, or None where this rank cannot read the others' memory. All
     ranks of one machine call it, the device of each being numbered as the rank."""
     rows = min(max_rows, _MOST_BYTES // (max(1, size - 1) * width * dtype.itemsize))
-    others = [index for index in range(size) if index != rank]
-    if not rows or not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+    if not rows:
         return None
+    part, meetings = 2 * rows * width * dtype.itemsize, rows * size * torch.int32.itemsize
     try:
-        parts = _shared((2, rows, width), dtype, device, rank, size)
-        meetings = _shared((rows, size), torch.int32, device, rank, size)
-    except RuntimeError as error:
+        seen = shared(part + meetings, device, rank, size)
+    except (OSError, RuntimeError) as error:
         logger.warning("GPUs cannot share memory here: %s", error)
         return None
-    return OneShot(rank, parts, meetings, pdl)
-
-
-def _shared(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rank: int, size: int
-) -> list[Tensor]:
-    """Zeros of this shape in every rank's memory, as this rank sees them."""
-    # Multicast is of no use here, and asks much of a driver.
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    import torch.distributed._symmetric_memory as symmetric
-
-    own = symmetric.empty(*shape, dtype=dtype, device=device).zero_()
-    torch.cuda.synchronize(device)  # who sees it sees zeros
-    handle = symmetric.rendezvous(own, dist.distributed_c10d._get_default_group())
-    return [own if other == rank else handle.get_buffer(other, shape, dtype) for other in range(size)]
+    return OneShot(
+        rank,
+        [memory[:part].view(dtype).view(2, rows, width) for memory in seen],
+        [memory[part:].view(torch.int32).view(rows, size) for memory in seen],
+        pdl,
+    )
 
 
 @triton.jit

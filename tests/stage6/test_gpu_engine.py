@@ -88,6 +88,20 @@ def test_a_gpu_for_each_rank(model: Path, changed: dict[str, Any]) -> None:
 
 
 @two_gpus
+def test_one_engine_after_the_other(model: Path) -> None:
+    """Rank 0 is the same process again, and the other is a new one."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "one_shot": True}
+    scores = []
+    for _ in range(2):
+        engine = make(model, 2, **options)
+        scores.append(score(engine, forced(mixed_lengths(8), STEM)))
+        engine.close()
+        del engine
+        gc.collect()
+    assert_alike(*scores)
+
+
+@two_gpus
 @pytest.mark.parametrize("one_shot", [True, False])
 def test_sampled_tokens_do_not_depend_on_who_shares_the_batch(model: Path, one_shot: bool) -> None:
     """Drawn inside the graphs from each rank's own logits. A graph's size is another with fewer rows, so
