@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -37,13 +38,23 @@ NOTHING_MORE = (
     "That is all I know about it. Ask me about something else in LLM serving or in Mini-SGLang, "
     "or look into the lessons: they go deeper than I can."
 )
+_OUTSIDE = 0.25  # share of the questions
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
 # To find the right answer is harder to learn than to recite it. So most batches have no more of each answer
-# than its beginning, which tells it from the others, and ask more questions instead.
-_BRIEF, _BEGINNING = 0.6, 12  # share of the batches; tokens
+# than its beginning, which tells it from the others, and ask more questions instead: the first of a chat, or
+# the second, after a whole answer.
+_KINDS = ("first", "second", "whole")
+_KIND_WEIGHTS, _BEGINNING = (4, 2, 4), 12  # how often; tokens
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Token ids `[chats, length]`; flat positions before the tokens to learn, and these tokens: `[learned]`."""
+
+class Batch(NamedTuple):
+    """Chats, and what to learn in them; all int64."""
+
+    tokens: Tensor  # [chats, length] ids
+    before: Tensor  # [learned] position in the flat chats before each token to learn
+    targets: Tensor  # [learned] that token
+    first: Tensor  # [answers] which of the learned are an answer's first
+    keys: Tensor  # [answers] number of that answer, in the order of `answers_of`
 
 
 def train_tokenizer(entries: Sequence[Entry], kinds: Sequence[Kind], vocabulary: int, seed: int) -> Tokenizer:
@@ -100,30 +111,41 @@ class Chats(Dataset[Batch]):
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._questions = {entry.key: entry.questions for entry in entries}
         self._keys = list(self._questions)
+        self._explained = [entry.key for entry in entries if entry.follow_ups]
         self._answer_ids = {
             key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
         }
+        self._numbers = {key: number for number, key in enumerate(self._answer_ids)}
         self._owners = owners(entries) | dict.fromkeys(held_out.normalised, "nobody here")
         self._kinds = kinds
 
     def __getitem__(self, step: int) -> Batch:
         rng = Random(f"{self._seed}/{step}")
-        brief = rng.random() < _BRIEF
-        turns = 1 if brief else rng.choices(_TURNS, _TURN_WEIGHTS)[0]
-        count = 2 * self._answers if brief else max(1, self._answers // turns)
-        chats = [self._chat(turns, rng, _BEGINNING if brief else None) for _ in range(count)]
+        (kind,) = rng.choices(_KINDS, _KIND_WEIGHTS)
+        most = None if kind == "whole" else _BEGINNING
+        turns = rng.choices(_TURNS, _TURN_WEIGHTS)[0] if kind == "whole" else 1 + (kind == "second")
+        count = max(1, self._answers // turns) if most is None else self._answers * (3 - turns)
+        chats = [self._chat(turns, rng, most) for _ in range(count)]
         length = min(max(len(ids) for ids, _ in chats), CONTEXT)
         tokens = torch.zeros(len(chats), length, dtype=torch.long)  # PAD, on the right
-        where: list[int] = []
+        before: list[int] = []
+        first: list[int] = []
+        keys: list[int] = []
         for row, (ids, learned) in enumerate(chats):
             tokens[row, : len(ids)] = torch.tensor(ids[:length])
-            where += [row * length + i - 1 for i in learned if i < length]
-        before = torch.tensor(where)
-        return tokens, before, tokens.flatten()[before + 1]
+            for key, start, end in learned:
+                if (count := min(end, length) - start) > 0:
+                    first.append(len(before))
+                    keys.append(key)
+                    before += range(row * length + start - 1, row * length + start - 1 + count)
+        where = torch.tensor(before)
+        return Batch(tokens, where, tokens.flatten()[where + 1], torch.tensor(first), torch.tensor(keys))
 
-    def _chat(self, turns: int, rng: Random, most: int | None) -> tuple[list[int], list[int]]:
-        """Token ids of a chat, and the indices of those to learn: the answers with the mark at their end, or
-        `most` tokens of each."""
+    def _chat(
+        self, turns: int, rng: Random, most: int | None
+    ) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Token ids of a chat, and of each answer to learn its number, where it begins and where it ends, the
+        mark at its end included. With `most`, it is the last answer alone, and no more tokens of it."""
         asked: list[tuple[str, str]] = []  # as typed, and the key of the answer
         while len(asked) < turns:
             asked += self._ask(turns - len(asked), rng)
@@ -132,31 +154,33 @@ class Chats(Dataset[Batch]):
         if most is None and rng.random() < 0.4:
             prompts[0] = f"{START}system\n{rng.choice(_SYSTEM_PROMPTS)}{END}\n{prompts[0]}"
         ids: list[int] = []
-        learned: list[int] = []
+        learned: list[tuple[int, int, int]] = []
         for i, prompt in enumerate(self._tokenizer.encode_batch(prompts)):
             ids += prompt.ids
-            answer = self._answer_ids[asked[i][1]][:most]
-            if i + 1 < turns and rng.random() < 0.1:  # cut short by the user: to be lived with, not learned
+            key, last = asked[i][1], i + 1 == turns
+            answer = self._answer_ids[key][: most if last else None]
+            if not last and rng.random() < 0.1:  # cut short by the user: to be lived with, not learned
                 answer = [*answer[: rng.randrange(len(answer))], answer[-1]]
-            else:
-                learned += range(len(ids), len(ids) + len(answer))
+            elif last or most is None:
+                learned.append((self._numbers[key], len(ids), len(ids) + len(answer)))
             ids += answer
         return ids, learned
 
     def _ask(self, most: int, rng: Random) -> list[tuple[str, str]]:
         """A question as somebody types it and the key of its answer, and perhaps what is asked next."""
-        if self._kinds and rng.random() < 0.18:
+        if self._kinds and rng.random() < _OUTSIDE:
             while normalise(question := outside.ask(self._kinds, rng)) in self._owners:
                 pass
             return [(self._type(question, rng), outside.KEY)]
-        key = rng.choice(self._keys)
+        goes_on = most > 1 and rng.random() < 0.5
+        key = rng.choice(self._explained if goes_on and rng.random() < 0.5 else self._keys)
         question = rng.choice(self._questions[key])
         if rng.random() < 0.4:
             typed = cross_safely(question, rng.choice(self._questions[key]), self._owners, rng)
         else:
             typed = vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question
         asked = [(typed, key)]
-        if most > 1 and rng.random() < 0.5:
+        if goes_on:
             name = rng.choice(FOLLOW_UPS)
             next_key = f"{key}/{name}" if f"{key}/{name}" in self._answer_ids else "nothing-more"
             asked.append((self._type(rng.choice(ASKED_NEXT[name]), rng), next_key))

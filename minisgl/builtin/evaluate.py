@@ -1,6 +1,7 @@
 """Asks the built-in model what it learned, and what it never saw, and counts the exact answers."""
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -156,6 +157,11 @@ def measure(
     return scores | {"at temperature 0.7": score(warm, plain, answers)}
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a model's weights, to tell of which model scores are."""
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
 def show(scores: Mapping[str, Score]) -> bool:
     """Prints a table and some failures. Returns whether every aim is reached."""
     print(f"{'asked':<20}{'questions':>10}{'exact':>8}{'aim':>8}{'ended':>8}")
@@ -187,8 +193,8 @@ def main() -> int:
     scores = measure(Answerer(args.model, args.device), ways, answers_of(entries))
     good = show(scores)
     if args.json:
-        text = json.dumps({way: asdict(part) for way, part in scores.items()}, indent=1)
-        args.json.write_text(text + "\n", "utf-8")
+        found = {"sha256": digest(args.model), "scores": {way: asdict(part) for way, part in scores.items()}}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if good else 1
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from minisgl.builtin import PATH, corpus, evaluate, outside
-from minisgl.builtin.chats import CONTEXT, END, PAD, TEMPLATE, Chats, answers_of, train_tokenizer
+from minisgl.builtin.chats import CONTEXT, END, PAD, TEMPLATE, Batch, Chats, answers_of, train_tokenizer
 from minisgl.builtin.corpus import Entry, HeldOut
 from minisgl.builtin.outside import Kind
 
@@ -30,10 +30,11 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 768
-    steps: int = 1800
+    steps: int = 3400
     answers: int = 512  # to learn in a step
     peak: float = 2e-3  # learning rate
     warmup: int = 200  # steps
+    naming: float = 0.5  # weight of the loss of naming the answer, see `train`
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -55,6 +56,10 @@ def train(
     the folder `out` in Hugging Face's layout.
 
     No variation of a question is trained on that equals one of `held_out`.
+
+    Besides the tokens of an answer, the model learns to name it: a matrix that is thrown away afterwards
+    tells from the last token of the question which of all answers is asked for. The tokens alone say little
+    about that, since many answers begin alike.
     """
     tokenizer = train_tokenizer(entries, kinds, recipe.vocabulary, recipe.seed)
     chats = Chats(tokenizer, entries, held_out, kinds, recipe.answers, recipe.seed)
@@ -62,31 +67,35 @@ def train(
     loader = DataLoader(chats, None, sampler=range(recipe.steps), num_workers=workers, pin_memory=on_gpu)
     torch.manual_seed(recipe.seed)
     model = _model(recipe, tokenizer).to(device)
-    optimizers = _optimizers(model)
+    naming = torch.nn.Linear(recipe.hidden, len(answers_of(entries)), bias=False).to(device)
+    optimizers = _optimizers(model, naming)
     start = shown = time.perf_counter()
     seen = 0
     for step, batch in enumerate(loader):
-        tokens, before, targets = (part.to(device, non_blocking=True) for part in batch)
+        batch = Batch(*(part.to(device, non_blocking=True) for part in batch))
         for optimizer, share in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * recipe.rate(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):  # the weights stay in float32
             # The padding is on the right, where the causal mask hides it: no other mask is needed.
-            hidden = model.model(tokens, attention_mask={"full_attention": None}, use_cache=False)[0]
-            logits = model.lm_head(hidden.flatten(0, 1)[before])  # [learned, vocabulary]
-        loss = F.cross_entropy(logits.float(), targets)
-        torch.autograd.backward(loss)
+            hidden = model.model(batch.tokens, attention_mask={"full_attention": None}, use_cache=False)[0]
+            hidden = hidden.flatten(0, 1)[batch.before]  # [learned, hidden]
+            logits = model.lm_head(hidden)  # [learned, vocabulary]
+            names = naming(hidden)[batch.first]  # [answers, all answers]
+        loss = F.cross_entropy(logits.float(), batch.targets)
+        named = F.cross_entropy(names.float(), batch.keys)
+        torch.autograd.backward(loss + recipe.naming * named)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        seen += tokens.numel()
+        seen += batch.tokens.numel()
         if (now := time.perf_counter()) - shown > 5 or step + 1 == recipe.steps:
             shown, spent = now, now - start
             left = spent / (step + 1) * (recipe.steps - step - 1)
             print(
-                f"step {step + 1}/{recipe.steps}: loss {loss.item():.4f}, {seen / spent:,.0f} tokens/s, "
-                f"{spent:.0f} s, {left:.0f} s to go",
+                f"step {step + 1}/{recipe.steps}: loss {loss.item():.4f}, of names {named.item():.4f}, "
+                f"{seen / spent:,.0f} tokens/s, {spent:.0f} s, {left:.0f} s to go",
                 flush=True,
             )
     _save(model, tokenizer, out)
@@ -111,13 +120,15 @@ def _model(recipe: Recipe, tokenizer: Tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).train()
 
 
-def _optimizers(model: Qwen3ForCausalLM) -> list[tuple[torch.optim.Optimizer, float]]:
+def _optimizers(
+    model: Qwen3ForCausalLM, naming: torch.nn.Linear
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest, each with its share of the
     learning rate. With Muon the answers to questions never seen are right far sooner."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
-    embedding = [model.model.embed_tokens.weight]
-    groups = [{"params": embedding, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    decayed = [model.model.embed_tokens.weight, naming.weight]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     return [
         (torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), 2.0),
         (torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True), 1.0),

@@ -9,7 +9,16 @@ from tokenizers import Tokenizer
 
 from minisgl.builtin import chats as chats_module
 from minisgl.builtin import corpus
-from minisgl.builtin.chats import ASKED_NEXT, END, NOTHING_MORE, START, TEMPLATE, Chats, train_tokenizer
+from minisgl.builtin.chats import (
+    ASKED_NEXT,
+    END,
+    NOTHING_MORE,
+    START,
+    TEMPLATE,
+    Chats,
+    answers_of,
+    train_tokenizer,
+)
 from minisgl.builtin.corpus import Entry, HeldOut, normalise, owners
 from minisgl.builtin.outside import ANSWER, Kind
 from minisgl.builtin.variations import vary, vary_safely
@@ -65,37 +74,42 @@ def test_the_tokenizer_is_reproducible(tokenizer: Tokenizer) -> None:
 def test_batches_follow_from_seed_and_step(tokenizer: Tokenizer) -> None:
     def batches(seed: int) -> list[list[list[int]]]:
         chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=seed)
-        return [chats[step][0].tolist() for step in range(5)]
+        return [chats[step].tokens.tolist() for step in range(5)]
 
     assert batches(1) == batches(1) != batches(2)
 
 
-def test_a_brief_batch_learns_how_answers_begin(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "chats_of", "turns"), [("first", 32, 1), ("second", 16, 2)])
+def test_a_brief_batch_learns_how_the_last_answer_begins(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str, chats_of: int, turns: int
 ) -> None:
-    monkeypatch.setattr(chats_module, "_BRIEF", 1)
-    beginnings = [tokenizer.encode(answer + END).ids[:12] for answer in (*ANSWERS, ANSWER)]
-    tokens, before, targets = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)[0]
-    assert len(tokens) == 32
-    assert torch.equal(tokens.flatten()[before + 1], targets)
-    rows = before // tokens.shape[1]
-    for row in range(32):
-        assert targets[rows == row].tolist() in beginnings
+    monkeypatch.setattr(chats_module, "_KIND_WEIGHTS", [name == kind for name in chats_module._KINDS])
+    answers = list(answers_of(ENTRIES).values())
+    batch = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)[0]
+    assert len(batch.tokens) == len(batch.first) == len(batch.keys) == chats_of
+    assert torch.equal(batch.tokens.flatten()[batch.before + 1], batch.targets)
+    rows = batch.before // batch.tokens.shape[1]
+    for row, ids in enumerate(batch.tokens.tolist()):
+        begun = tokenizer.encode(answers[batch.keys[row]] + END).ids[:12]
+        assert batch.targets[rows == row].tolist() == begun == [i for i in ids if i][-len(begun) :]
+        assert batch.first[row] == (rows == row).nonzero()[0]
+        assert ids.count(tokenizer.token_to_id(START)) == 2 * turns
 
 
 def test_a_batch_is_what_the_template_writes_and_learns_answers_only(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chats_module, "_BRIEF", 0)
+    monkeypatch.setattr(chats_module, "_KIND_WEIGHTS", [name == "whole" for name in chats_module._KINDS])
     answers = ANSWERS | {"Prompts begin alike.", NOTHING_MORE, ANSWER}
     template = Template(TEMPLATE, keep_trailing_newline=True)
     chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)
     for step in range(20):
-        tokens, before, targets = chats[step]
-        learned = tokenizer.decode(targets.tolist(), skip_special_tokens=False).split(END)[:-1]
+        batch = chats[step]
+        learned = tokenizer.decode(batch.targets.tolist(), skip_special_tokens=False).split(END)[:-1]
         assert set(learned) <= answers
-        assert torch.equal(tokens.flatten()[before + 1], targets)
-        for row in tokens.tolist():
+        assert learned == [list(answers_of(ENTRIES).values())[key] for key in batch.keys]
+        assert torch.equal(batch.tokens.flatten()[batch.before + 1], batch.targets)
+        for row in batch.tokens.tolist():
             text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
             messages = []
             for part in text.removeprefix(START).removesuffix(END).split(f"{END}\n{START}"):
@@ -114,7 +128,7 @@ def test_what_is_asked_next_is_about_the_answer_before(tokenizer: Tokenizer) -> 
     next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
     seen = set()
     for step in range(60):
-        for row in chats[step][0].tolist():
+        for row in chats[step].tokens.tolist():
             text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
             turns = [part.split("\n", 1) for part in text.removeprefix(START).split(f"{END}\n{START}")]
             turns = turns[1:] if turns[0][0] == "system" else turns
