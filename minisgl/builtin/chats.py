@@ -38,11 +38,11 @@ NOTHING_MORE = (
     "That is all I know about it. Ask me about something else in LLM serving or in Mini-SGLang, "
     "or look into the lessons: they go deeper than I can."
 )
-_OUTSIDE = 0.25  # share of the questions
+_OUTSIDE = 0.25  # share of the questions that do not follow from an answer
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
-# To find the right answer is harder to learn than to recite it. So most batches have no more of each answer
-# than its beginning, which tells it from the others, and ask more questions instead: the first of a chat, or
-# the second, after a whole answer.
+# To find the right answer is harder to learn than to recite it. So in most batches no more of an answer is
+# learned than its beginning, which tells it from the others, and more questions are asked: a chat's first, or
+# its second, where the first answer stands in the chat and is not learned.
 _KINDS = ("first", "second", "whole")
 _KIND_WEIGHTS, _BEGINNING = (4, 2, 4), 12  # how often; tokens
 
@@ -96,7 +96,8 @@ class Chats(Dataset[Batch]):
     some ask about the answer before, and some lie outside what there is to know.
 
     Batch `step` follows from the seed and `step` alone, so any number of workers makes the same batches.
-    Each has about as many answers to learn; its chats have equally many turns, which keeps the padding small.
+    Each has `answers` to learn, or twice as many where they are cut; its chats have equally many turns, which
+    keeps the padding small.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Chats(Dataset[Batch]):
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._questions = {entry.key: entry.questions for entry in entries}
         self._keys = list(self._questions)
-        self._explained = [entry.key for entry in entries if entry.follow_ups]
+        self._explained = [entry.key for entry in entries if entry.follow_ups] or self._keys
         self._answer_ids = {
             key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
         }
@@ -134,12 +135,12 @@ class Chats(Dataset[Batch]):
         for row, (ids, learned) in enumerate(chats):
             tokens[row, : len(ids)] = torch.tensor(ids[:length])
             for key, start, end in learned:
-                if (count := min(end, length) - start) > 0:
+                if start < length:
                     first.append(len(before))
                     keys.append(key)
-                    before += range(row * length + start - 1, row * length + start - 1 + count)
-        where = torch.tensor(before)
-        return Batch(tokens, where, tokens.flatten()[where + 1], torch.tensor(first), torch.tensor(keys))
+                    before += (row * length + i - 1 for i in range(start, min(end, length)))
+        positions, firsts, numbers = (torch.tensor(x, dtype=torch.long) for x in (before, first, keys))
+        return Batch(tokens, positions, tokens.flatten()[positions + 1], firsts, numbers)
 
     def _chat(
         self, turns: int, rng: Random, most: int | None

@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -158,8 +158,9 @@ def measure(
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a model's weights, to tell of which model scores are."""
-    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    """SHA-256 of a model's weights, tokenizer and chat template, to tell of which model scores are."""
+    files = (path / name for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def show(scores: Mapping[str, Score]) -> bool:
@@ -193,7 +194,12 @@ def main() -> int:
     scores = measure(Answerer(args.model, args.device), ways, answers_of(entries))
     good = show(scores)
     if args.json:
-        found = {"sha256": digest(args.model), "scores": {way: asdict(part) for way, part in scores.items()}}
+        results = [
+            {"way": way, "asked": part.asked, "exact": part.exact, "ended": part.ended}
+            for way, part in scores.items()
+        ]
+        failures = {way: part.failures for way, part in scores.items()}
+        found = {"sha256": digest(args.model), "results": results, "failures": failures}
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if good else 1
 

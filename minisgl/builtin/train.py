@@ -31,7 +31,7 @@ class Recipe:
     kv_heads: int = 2
     intermediate: int = 768
     steps: int = 3400
-    answers: int = 512  # to learn in a step
+    answers: int = 512  # to learn in a step, twice as many where they are cut
     peak: float = 2e-3  # learning rate
     warmup: int = 200  # steps
     naming: float = 0.5  # weight of the loss of naming the answer, see `train`
@@ -58,8 +58,8 @@ def train(
     No variation of a question is trained on that equals one of `held_out`.
 
     Besides the tokens of an answer, the model learns to name it: a matrix that is thrown away afterwards
-    tells from the last token of the question which of all answers is asked for. The tokens alone say little
-    about that, since many answers begin alike.
+    tells from the last token before an answer which of all it is. An answer's first token says little about
+    that, since many begin alike.
     """
     tokenizer = train_tokenizer(entries, kinds, recipe.vocabulary, recipe.seed)
     chats = Chats(tokenizer, entries, held_out, kinds, recipe.answers, recipe.seed)

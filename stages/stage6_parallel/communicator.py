@@ -30,6 +30,9 @@ class FewRows(Protocol):
     def release(self) -> None:
         """Free a kernel that waits for a rank that will not come."""
 
+    def close(self) -> None:
+        """Give back what it holds; the last call."""
+
 
 class Communicator:
     """The collectives of one group of ranks, which every rank must call in the same order.
@@ -94,7 +97,12 @@ class Communicator:
         aborted = threading.Thread(target=self.abort, daemon=True)  # else NCCL would wait for them
         aborted.start()
         aborted.join(_LEAVING_S)
-        if dist.is_initialized() and not aborted.is_alive():
+        if aborted.is_alive():
+            return
+        if self.few_rows is not None:
+            self.few_rows.close()
+            self.few_rows = None
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def _count(self, name: str, x: Tensor) -> None:

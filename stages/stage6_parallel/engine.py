@@ -116,7 +116,7 @@ def build_rank(config: EngineConfig, place: Place, communicator: Communicator) -
     shard = Shard(place.rank, place.size)
     loaded = load(config, shard.load)
     if alone:
-        communicator.few_rows = _connect_few_rows(config, place, loaded, communicator)
+        communicator.few_rows = _connect_few_rows(config, place, loaded)
     wrap = partial(parallel_ops, rank=place.rank, communicator=communicator)
     share = VocabularyShare(place.rank * len(loaded.model.head), communicator.all_gather)
     engine = stage5.assemble(config, loaded, wrap, communicator.smallest, share)
@@ -124,9 +124,7 @@ def build_rank(config: EngineConfig, place: Place, communicator: Communicator) -
     return engine
 
 
-def _connect_few_rows(
-    config: EngineConfig, place: Place, loaded: Loaded, communicator: Communicator
-) -> FewRows | None:
+def _connect_few_rows(config: EngineConfig, place: Place, loaded: Loaded) -> FewRows | None:
     """What all-reduces a decode step's rows, if the ranks are GPUs of one machine with a kernel for it."""
     model, device, dtype = loaded.model.config, loaded.device, loaded.dtype
     fused = choose_kernels(config.fused, model, device, dtype)
@@ -135,12 +133,7 @@ def _connect_few_rows(
     from stages.stage6_parallel import one_shot
 
     pdl = has_dependent_launch()
-    few = one_shot.connect(place.rank, place.size, config.max_rows, model.hidden_size, dtype, device, pdl)
-    if communicator.smallest(few is not None):
-        return few
-    if place.rank == 0:
-        logger.warning("the GPUs cannot read each other's memory: NCCL does all collectives")
-    return None
+    return one_shot.connect(place.rank, place.size, config.max_rows, model.hidden_size, dtype, device, pdl)
 
 
 def _share_device(config: EngineConfig, place: Place) -> EngineConfig:

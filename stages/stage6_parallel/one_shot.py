@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stages.stage5_overlap.kernels.elementwise import begin
-from stages.stage6_parallel.peer_memory import shared
+from stages.stage6_parallel.peer_memory import NotShared, shared
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ class OneShot:
             ahead = self._counts.cpu() + (1 << 30)
             own.copy_(ahead.unsqueeze(1).expand(own.shape))
 
+    def close(self) -> None:
+        """Give the memory back; no kernel may use it any more."""
+        self._parts = self._meetings = ()
+
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -68,21 +72,22 @@ class OneShot:
 def connect(
     rank: int, size: int, max_rows: int, width: int, dtype: torch.dtype, device: torch.device, pdl: bool
 ) -> OneShot | None:
-    """A `OneShot` for rows of `width` numbers, or None where this rank cannot read the others' memory. All
-    ranks of one machine call it, the device of each being numbered as the rank."""
+    """A `OneShot` for rows of `width` numbers, or None on all ranks where one cannot read another's memory.
+    All ranks call it, the device of each being numbered as the rank."""
     rows = min(max_rows, _MOST_BYTES // (max(1, size - 1) * width * dtype.itemsize))
     if not rows:
         return None
     part, meetings = 2 * rows * width * dtype.itemsize, rows * size * torch.int32.itemsize
     try:
         seen = shared(part + meetings, device, rank, size)
-    except (OSError, RuntimeError) as error:
-        logger.warning("GPUs cannot share memory here: %s", error)
+    except NotShared as error:
+        if rank == 0:
+            logger.warning("NCCL does all collectives, since the GPUs cannot share memory: %s", error)
         return None
     return OneShot(
         rank,
         [memory[:part].view(dtype).view(2, rows, width) for memory in seen],
-        [memory[part:].view(torch.int32).view(rows, size) for memory in seen],
+        [memory[part : part + meetings].view(torch.int32).view(rows, size) for memory in seen],
         pdl,
     )
 

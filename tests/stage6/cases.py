@@ -4,11 +4,13 @@ import hashlib
 import random
 from contextlib import nullcontext
 from typing import Any, cast
+from unittest.mock import patch
 
 import msgspec
 import torch
 
 from stages.interface import Engine, EngineFailed, Request, Statistics, TokenOutput
+from stages.stage6_parallel import peer_memory
 from stages.stage6_parallel.communicator import Communicator
 from stages.stage6_parallel.engine import EngineConfig, ParallelEngine, build_rank, follow
 from stages.stage6_parallel.launcher import Place
@@ -145,3 +147,17 @@ class Lying:
 
 def smallest(place: Place, communicator: Communicator, numbers: list[int]) -> int:
     return communicator.smallest(numbers[place.rank])
+
+
+def share(place: Place, communicator: Communicator, able: list[int]) -> str:
+    """Why ranks on a CPU cannot share memory. Those that are `able` believe that they can."""
+    with patch.object(peer_memory, "_export", _exported) if place.rank in able else nullcontext():
+        try:
+            peer_memory.shared(100, torch.device("cpu"), place.rank, place.size)
+        except peer_memory.NotShared as error:
+            return str(error)
+    return ""
+
+
+def _exported(length: int, device: torch.device, rank: int, size: int) -> tuple[torch.Tensor, bytes]:
+    return torch.zeros(length, dtype=torch.uint8), bytes(64)

@@ -34,3 +34,11 @@ def test_values(ranks: Callable[[int], Ranks], dtype: torch.dtype, rows: int) ->
     for gathered, reduced in ranks(2).run(cases.collect, dtype, rows):
         assert gathered == [[a, b, a + 10, b + 10] for a, b in own]
         assert reduced == [[2 * a + 10, 2 * b + 10] for a, b in own]
+
+
+@pytest.mark.parametrize("able", [[], [0], [1], [0, 1]])
+def test_memory_that_cannot_be_shared(ranks: Callable[[int], Ranks], able: list[int]) -> None:
+    """All ranks hear of it, and none waits for another: those with none to share, or that cannot open it."""
+    said = ranks(2).run(cases.share, able)
+    assert said[0] == said[1]
+    assert said[0].startswith("rank 1: " if able == [0] else "rank 0: ")

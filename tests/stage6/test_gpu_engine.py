@@ -88,8 +88,8 @@ def test_a_gpu_for_each_rank(model: Path, changed: dict[str, Any]) -> None:
 
 
 @two_gpus
-def test_one_engine_after_the_other(model: Path) -> None:
-    """Rank 0 is the same process again, and the other is a new one."""
+def test_one_engine_after_the_other(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 0 is the same process again, and the other is a new one; both times they share memory."""
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "one_shot": True}
     scores = []
     for _ in range(2):
@@ -99,6 +99,7 @@ def test_one_engine_after_the_other(model: Path) -> None:
         del engine
         gc.collect()
     assert_alike(*scores)
+    assert "NCCL does all collectives" not in caplog.text
 
 
 @two_gpus
