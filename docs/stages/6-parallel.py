@@ -1222,8 +1222,9 @@ one = by_size["1 request, 128 in, 512 out"]
 assert one["NCCL"]["seconds"] > 1.05 * one[2]["seconds"]
 
 # %% [markdown]
-# (Each run has 512 steps, that of the prompts among them.) It saves more than the kernels alone would, perhaps
-# because a kernel that follows NCCL's cannot come early and wait on the GPU. But these are single runs.
+# (Each run has 512 steps, that of the prompts among them.) It saves more than the kernels alone would,
+# perhaps because a kernel that follows NCCL's cannot come early and wait on the GPU. But these are single
+# runs.
 #
 # Llama-3.1-70B, which one GPU cannot hold, on two (before gate and up were changed):
 
@@ -1280,10 +1281,10 @@ table(
 )
 
 # %% [markdown]
-# The server costs nothing that these loads would show: the last one of each is as fast as the workload of about
-# the same size without a server, 4,850 tokens a second beside 4,824, and 2,694 beside 2,607 of an older commit.
-# Short answers to many prompts at once are bound by reading the prompts. In the first row, some of the first
-# requests waited for what is done once, such as compiling.
+# The server costs nothing that these loads would show: the last one of each is as fast as the workload of
+# about the same size without a server, 4,850 tokens a second beside 4,824, and 2,694 beside 2,607 of an
+# older commit. Short answers to many prompts at once are bound by reading the prompts. In the first row,
+# some of the first requests waited for what is done once, such as compiling.
 #
 # (All this was measured when the kernel's memory was PyTorch's symmetric memory, before `peer_memory.py`. The
 # kernel is the same.)
