@@ -26,7 +26,7 @@ lint: .venv/dev ## ruff (lint and format), mypy --strict, the layering of the pa
 	$(BIN)/lint-imports
 
 check: .venv/dev ## the tests alone
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 docs: .venv/dev ## build the site into site/, executing every lesson
 	$(BIN)/mkdocs build --strict
