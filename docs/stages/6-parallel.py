@@ -1304,6 +1304,7 @@ table(["measured on", ""], [*machine(), ("model", "built-in, float64"), ("comman
 # ## What to read next
 #
 # - `stages/stage6_parallel/engine.py`: `build`, and how a rank becomes a leader or a follower.
+# - `stages/stage6_parallel/peer_memory.py`: how a GPU comes to see another's memory.
 # - `stages/stage6_parallel/watch.py`: how a rank's end is noticed and its cause named.
 # - `tests/stage6/test_oracle.py`: arrivals, aborts and preemptions, on one, two and four ranks.
 # - `tests/stage6/test_lifecycle.py`: servers whose ranks are killed, stopped and interrupted.
