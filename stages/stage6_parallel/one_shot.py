@@ -43,6 +43,8 @@ class OneShot:
     def release(self) -> None:
         """Free a kernel that waits for a rank that will not come: it finds that all were there long ago.
         Copies alone do it, for which no multiprocessor is needed. What it computed is of no use."""
+        if not self._meetings:  # closed
+            return
         own = self._meetings[self._rank]
         with torch.cuda.device(own.device), torch.cuda.stream(torch.cuda.Stream()):
             ahead = self._counts.cpu() + (1 << 30)

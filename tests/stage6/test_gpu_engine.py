@@ -64,26 +64,28 @@ def test_sampled_tokens_are_repeatable(model: Path) -> None:
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
 
 
-@two_gpus
 @pytest.mark.parametrize(
-    "changed",
+    ("tp", "changed"),
     [
-        {},
-        {"one_shot": False},
-        {"graphs": False},
-        {"overlap": False},
-        {"fused": "-sampling"},
-        {"fused": "none"},
+        pytest.param(2, {}, marks=two_gpus),
+        pytest.param(2, {"one_shot": False}, marks=two_gpus),
+        pytest.param(2, {"graphs": False}, marks=two_gpus),
+        pytest.param(2, {"overlap": False}, marks=two_gpus),
+        pytest.param(2, {"fused": "-sampling"}, marks=two_gpus),
+        pytest.param(2, {"fused": "none"}, marks=two_gpus),
+        pytest.param(4, {}, marks=four_gpus),
+        pytest.param(4, {"one_shot": False}, marks=four_gpus),
     ],
 )
-def test_a_gpu_for_each_rank(model: Path, changed: dict[str, Any]) -> None:
+def test_a_gpu_for_each_rank(model: Path, tp: int, changed: dict[str, Any]) -> None:
     """Collectives inside CUDA graphs and outside, through NCCL and through each other's memory; the requests
     ask for logits, so those are gathered too."""
     options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
     expected = score(make(model, 1, **options), forced(mixed_lengths(64), STEM))
-    engine = make(model, 2, **options, **changed)
+    engine = make(model, tp, **options, **changed)
     assert_alike(score(engine, forced(mixed_lengths(64), STEM)), expected)
 
 
@@ -114,9 +116,9 @@ def test_sampled_tokens_do_not_depend_on_who_shares_the_batch(model: Path, one_s
     assert {k: tokens_of(v) for k, v in first.items()} == {k: tokens_of(v) for k, v in second.items()}
 
 
-@two_gpus
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=two_gpus), pytest.param(4, marks=four_gpus)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_two_gpus_say_what_one_says(tmp_path: Path, family: str) -> None:
+def test_many_gpus_say_what_one_says(tmp_path: Path, family: str, tp: int) -> None:
     """Greedy, in float32 without TF32, by the tie rule."""
     assert not torch.backends.cuda.matmul.allow_tf32
     model = write_checkpoint(tmp_path, family)
@@ -125,5 +127,5 @@ def test_two_gpus_say_what_one_says(tmp_path: Path, family: str) -> None:
     prompts = [rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 80)) for _ in range(120)]
     requests = [greedy_request(prompt, 16, str(i)) for i, prompt in enumerate(prompts)]
     expected = run_engine(make(model, 1, **plain), requests)
-    actual = run_engine(make(model, 2, **plain), requests)
+    actual = run_engine(make(model, tp, **plain), requests)
     assert_same_greedy((oracle_run(expected[name]), tokens_of(actual[name])) for name in expected)
