@@ -96,8 +96,8 @@ class Chats(Dataset[Batch]):
     some ask about the answer before, and some lie outside what there is to know.
 
     Batch `step` follows from the seed and `step` alone, so any number of workers makes the same batches.
-    Each has `answers` to learn, or twice as many where they are cut; its chats have equally many turns, which
-    keeps the padding small.
+    Each has about `answers` to learn, or twice as many where chats have one question and answers are cut. All
+    its chats have equally many turns, which keeps the padding small.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Chats(Dataset[Batch]):
         (kind,) = rng.choices(_KINDS, _KIND_WEIGHTS)
         most = None if kind == "whole" else _BEGINNING
         turns = rng.choices(_TURNS, _TURN_WEIGHTS)[0] if kind == "whole" else 1 + (kind == "second")
-        count = max(1, self._answers // turns) if most is None else self._answers * (3 - turns)
-        chats = [self._chat(turns, rng, most) for _ in range(count)]
+        counts = {"first": 2 * self._answers, "second": self._answers, "whole": self._answers // turns}
+        chats = [self._chat(turns, rng, most) for _ in range(max(1, counts[kind]))]
         length = min(max(len(ids) for ids, _ in chats), CONTEXT)
         tokens = torch.zeros(len(chats), length, dtype=torch.long)  # PAD, on the right
         before: list[int] = []

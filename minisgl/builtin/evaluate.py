@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -194,12 +194,8 @@ def main() -> int:
     scores = measure(Answerer(args.model, args.device), ways, answers_of(entries))
     good = show(scores)
     if args.json:
-        results = [
-            {"way": way, "asked": part.asked, "exact": part.exact, "ended": part.ended}
-            for way, part in scores.items()
-        ]
-        failures = {way: part.failures for way, part in scores.items()}
-        found = {"sha256": digest(args.model), "results": results, "failures": failures}
+        results = [{"way": way} | asdict(part) for way, part in scores.items()]
+        found = {"sha256": digest(args.model), "results": results}
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if good else 1
 

@@ -31,7 +31,7 @@ class Recipe:
     kv_heads: int = 2
     intermediate: int = 768
     steps: int = 3400
-    answers: int = 512  # to learn in a step, twice as many where they are cut
+    answers: int = 512  # to learn in a step; see `Chats`
     peak: float = 2e-3  # learning rate
     warmup: int = 200  # steps
     naming: float = 0.5  # weight of the loss of naming the answer, see `train`

@@ -1,6 +1,6 @@
 """Memory of one GPU that the processes of other GPUs read and write as if it were theirs.
 
-PyTorch's symmetric memory does this too, but up to 2.11 at least it numbers its meetings by process (as its
+PyTorch's symmetric memory does this too, but up to 2.13 at least it numbers its meetings by process (as its
 issue 196082 says of subgroups): rank 0 would wait for ever if it had an engine before, since the other ranks
 are new processes. So this asks the driver for handles, which one process exports and another opens.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _BLOCK = 2 << 20  # CUDA cuts smaller allocations out of blocks of this size, and shares whole blocks
 
 
@@ -23,7 +23,8 @@ class NotShared(Exception):
 
 
 def shared(length: int, device: torch.device, rank: int, size: int) -> list[Tensor]:
-    """At least `length` zero bytes in every rank's memory, as this rank sees them: uint8, one tensor a rank.
+    """Zeros in every rank's memory, as this rank sees them: [bytes] uint8 of each rank in their order, with
+    `length` bytes or more.
 
     All ranks call it, on GPUs that are numbered as the ranks, and none goes on before all have answered.
 
@@ -51,8 +52,8 @@ def shared(length: int, device: torch.device, rank: int, size: int) -> list[Tens
     return seen
 
 
-def _gather(word: T, size: int) -> list[T]:
-    told: list[T] = [word] * size
+def _gather(word: _T, size: int) -> list[_T]:
+    told: list[_T] = [word] * size
     dist.all_gather_object(told, word)
     return told
 

@@ -76,7 +76,7 @@ def test_its_scores_were_measured_and_reach_the_aims() -> None:
 
 
 def test_some_questions_of_each_kind(answerer: Answerer) -> None:
-    """Fewer than the aims, since these few may be the difficult ones."""
+    """The aims; of what is held out less, since these few may be the difficult ones."""
     entries = corpus.load()
     ways = ways_to_ask(entries, corpus.load_held_out(entries), outside.load())
     some = {
@@ -86,4 +86,4 @@ def test_some_questions_of_each_kind(answerer: Answerer) -> None:
     }
     for way, score in measure(answerer, some, answers_of(entries)).items():
         assert score.ended == score.asked
-        assert score.share >= AIMS.get(way, 1.0) - 0.1, way
+        assert score.share >= AIMS.get(way, 1.0) - (0.1 if way.startswith("held") else 0), way

@@ -92,7 +92,7 @@ def test_a_gpu_for_each_rank(model: Path, tp: int, changed: dict[str, Any]) -> N
 @two_gpus
 def test_one_engine_after_the_other(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Rank 0 is the same process again, and the other is a new one; both times they share memory."""
-    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "one_shot": True}
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
     scores = []
     for _ in range(2):
         engine = make(model, 2, **options)
