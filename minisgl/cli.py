@@ -37,10 +37,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | 
     )
     group = parser.add_argument_group("engine")
     group.add_argument("--stage", **_STAGE, help=f"the engine to run, 1 to {LATEST} (default: {LATEST})")
-    types = get_type_hints(config_type)
+    types = get_type_hints(config_type, include_extras=True)
     for field in fields(config_type):
         if field.name != "model":
-            _add_flag(group, field.name, types[field.name], field.default, field.metadata.get("help", ""))
+            kind, text = get_args(types[field.name])  # Annotated[kind, text]
+            _add_flag(group, field.name, kind, field.default, text)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -5,7 +5,7 @@ An engine speaks token ids only. Text lives above it, in the tokenizer and the s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 MAX_LOGPROBS = 20
@@ -176,28 +176,18 @@ class Engine(Protocol):
 class EngineConfig:
     """What every stage's engine is built from. A stage that needs more extends this class.
 
-    The command line is made from the fields: `help` is the text of the flag.
+    The command line is made from the fields: each is annotated with the help of its flag.
     """
 
-    model: str = field(metadata={"help": "a folder in Hugging Face format, or a hub name"})
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda or cuda:N; auto takes a GPU if there is one"}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "bfloat16, float16, float32 or float64; auto: the model's own, and float32 on a CPU"
-        },
-    )
-    max_context: int | None = field(
-        default=None, metadata={"help": "cap the context length, in tokens, below what the model allows"}
-    )
-    random_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "random weights of the model's shape: only its config.json is read, to measure speed"
-        },
-    )
+    model: Annotated[str, "a folder in Hugging Face format, or a hub name"]
+    device: Annotated[str, "cpu, cuda or cuda:N; auto takes a GPU if there is one"] = "auto"
+    dtype: Annotated[
+        str, "bfloat16, float16, float32 or float64; auto: the model's own, and float32 on a CPU"
+    ] = "auto"
+    max_context: Annotated[int | None, "cap the context, in tokens, below what the model allows"] = None
+    random_weights: Annotated[
+        bool, "random weights of the model's shape: only its config.json is read, to measure speed"
+    ] = False
 
 
 class Stage(Protocol):

@@ -3,9 +3,9 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -42,22 +42,18 @@ _CACHE_ON_CPU = 1 << 30  # bytes: a person's machine has other uses for its memo
 class EngineConfig(interface.EngineConfig):
     """What an engine with a paged cache can be told besides."""
 
-    attention: str | None = field(
-        default=None,
-        metadata={"help": "PREFILL[,DECODE]: torch, flash_attn or flashinfer; else the fastest for the GPU"},
-    )
-    page_size: int | None = field(
-        default=None,
-        metadata={"help": "tokens in a page of the KV cache: 1, 16, 64, 128 or 256; else what suits"},
-    )
-    num_pages: int | None = field(default=None, metadata={"help": "pages of the KV cache; else measured"})
-    memory_fraction: float = field(
-        default=0.9, metadata={"help": "of the GPU's memory, for weights, activations and KV cache together"}
-    )
-    max_rows: int = field(default=256, metadata={"help": "requests that run at once"})
-    prefill_budget: int = field(
-        default=16_384, metadata={"help": "prompt tokens that one step takes; a longer prompt runs alone"}
-    )
+    attention: Annotated[
+        str | None, "PREFILL[,DECODE]: torch, flash_attn or flashinfer; else the fastest for the GPU"
+    ] = None
+    page_size: Annotated[
+        int | None, "tokens in a page of the KV cache: 1, 16, 64, 128 or 256; else what suits"
+    ] = None
+    num_pages: Annotated[int | None, "pages of the KV cache; else measured"] = None
+    memory_fraction: Annotated[
+        float, "of the GPU's memory, for weights, activations and KV cache together"
+    ] = 0.9
+    max_rows: Annotated[int, "requests that run at once"] = 256
+    prefill_budget: Annotated[int, "prompt tokens that one step takes; a longer prompt runs alone"] = 16_384
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "max_rows"):

@@ -1,6 +1,7 @@
 """Stage 4, assembled: stage 3's engine, with a scheduler that cuts prompts into chunks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 from stages.interface import Engine
 from stages.stage2_paged import assembly
@@ -15,10 +16,9 @@ from stages.stage4_chunked.scheduler import ChunkedScheduler
 class EngineConfig(assembly.EngineConfig):
     """As before, but the budget is for all tokens of a step, and no prompt exceeds it."""
 
-    prefill_budget: int = field(
-        default=2048,
-        metadata={"help": "tokens that a step computes: one for each running request, the rest of prompts"},
-    )
+    prefill_budget: Annotated[
+        int, "tokens that a step computes: one for each running request, the rest of prompts"
+    ] = 2048
 
 
 def build(config: EngineConfig) -> Engine:

@@ -1,9 +1,10 @@
 """Stage 5, assembled: stage 4's engine, one batch ahead of its own tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV
@@ -37,26 +38,16 @@ from stages.stage5_overlap.trace import trace_engine
 class EngineConfig(stage4.EngineConfig):
     """As before; with a larger budget, as launches no longer wait for Python."""
 
-    prefill_budget: int = field(
-        default=16_384,
-        metadata={"help": "tokens that a step computes: one for each running request, the rest of prompts"},
-    )
-    radix: bool = field(
-        default=True, metadata={"help": "keep what was computed, for prompts that begin alike"}
-    )
-    overlap: bool = field(
-        default=True, metadata={"help": "launch the next batch before the tokens of this one are read"}
-    )
-    graphs: bool = field(default=True, metadata={"help": "replay decode steps as CUDA graphs"})
-    fused: str = field(
-        default="all",
-        metadata={
-            "help": f"kernels: all, none, or some of {','.join(KERNELS)}; --fused=-NAMES for all but these"
-        },
-    )
-    trace: str | None = field(
-        default=None, metadata={"help": "write what the first steps did there, for https://ui.perfetto.dev"}
-    )
+    prefill_budget: Annotated[
+        int, "tokens that a step computes: one for each running request, the rest of prompts"
+    ] = 16_384
+    radix: Annotated[bool, "keep what was computed, for prompts that begin alike"] = True
+    overlap: Annotated[bool, "launch the next batch before the tokens of this one are read"] = True
+    graphs: Annotated[bool, "replay decode steps as CUDA graphs"] = True
+    fused: Annotated[
+        str, f"kernels: all, none, or some of {','.join(KERNELS)}; --fused=-NAMES for all but these"
+    ] = "all"
+    trace: Annotated[str | None, "write what the first steps did there, for https://ui.perfetto.dev"] = None
 
 
 def build(config: EngineConfig) -> Engine:

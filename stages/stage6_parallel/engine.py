@@ -6,9 +6,9 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 import torch
@@ -33,11 +33,8 @@ logger = logging.getLogger(__name__)
 class EngineConfig(stage5.EngineConfig):
     """As before, for one or more ranks."""
 
-    tp: int = field(default=1, metadata={"help": "tensor parallelism: GPUs (or processes) to a model"})
-    one_shot: bool = field(
-        default=True,
-        metadata={"help": "all-reduce few rows by reading the other GPUs' memory, not with NCCL"},
-    )
+    tp: Annotated[int, "tensor parallelism: GPUs (or processes) to a model"] = 1
+    one_shot: Annotated[bool, "all-reduce few rows by reading the other GPUs' memory, not with NCCL"] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

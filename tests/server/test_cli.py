@@ -1,5 +1,6 @@
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 
@@ -9,11 +10,11 @@ from stages.interface import EngineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class WideConfig(EngineConfig):
-    page_size: int = field(default=16, metadata={"help": "tokens a page, 100% of them"})
-    memory_fraction: float = 0.9
-    prefix_cache: bool = True
-    eager: bool = False
-    backend: str | None = None
+    page_size: Annotated[int, "tokens a page, 100% of them"] = 16
+    memory_fraction: Annotated[float, ""] = 0.9
+    prefix_cache: Annotated[bool, ""] = True
+    eager: Annotated[bool, ""] = False
+    backend: Annotated[str | None, ""] = None
 
 
 @dataclass
