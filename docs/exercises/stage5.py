@@ -71,7 +71,7 @@ class DeepEngine(PagedEngine):
     """
 
     def __init__(self, table: RequestTable, scheduler: AnyScheduler, runner: Runner, depth: int) -> None:
-        super().__init__(table, scheduler, runner, CONTEXT)
+        super().__init__(table, scheduler, runner)
         self._depth = depth
         self._under_way = deque[tuple[Batch, Pending]]()
 
@@ -133,7 +133,7 @@ def check_commit_times(solution: Callable[[Sequence[Step], bool], list[int]]) ->
 def _committed(kind: type[PagedEngine] | type[OverlapEngine], steps: Sequence[Step]) -> list[int]:
     """When the real engine commits each of these."""
     parts: Any = _Timeline(steps)
-    engine = kind(parts, parts, parts, CONTEXT)
+    engine = kind(parts, parts, parts)
     for _ in range(len(steps) + 1):
         engine.step()
     return list(parts.committed)
@@ -223,7 +223,7 @@ MakeEngine = Callable[[RequestTable, AnyScheduler, Runner, int], PagedEngine | O
 def check_deep_engine(solution: MakeEngine) -> None:
     dropped = dict.fromkeys(range(4), 0)
     for seed in range(12):
-        expected, _ = serve(lambda t, s, r, _: PagedEngine(t, s, r, CONTEXT), depth=0, seed=seed)
+        expected, _ = serve(lambda t, s, r, _: PagedEngine(t, s, r), depth=0, seed=seed)
         for depth in dropped:
             tokens, rows = serve(solution, depth, seed)
             for name, answer in expected.items():

@@ -355,7 +355,7 @@ loaded = load(config)
 limits = replace(loaded.limits, context_length=NUM_PAGES * PAGE)
 requests = RequestTable(limits, NUM_PAGES, PAGE, config.max_rows, NoPrefixCache())
 watched = Watched(requests, config.prefill_budget)
-small = PagedEngine(requests, watched, make_runner(config, loaded, NUM_PAGES), limits.context_length)
+small = PagedEngine(requests, watched, make_runner(config, loaded, NUM_PAGES))
 
 tokenizer = Tokenizer(PATH)
 questions = [  # when it arrives, how much it may say, and the question

@@ -817,7 +817,7 @@ def tiny_engine(hidden=16):
     model = Transformer(shape, Ops(), weights, layers, torch.ones(hidden), weights)
     requests = RequestTable(loaded.limits, config.num_pages, PAGE, config.max_rows, RadixPrefixCache(PAGE))
     runner = make_runner(config, replace(loaded, model=model), config.num_pages)
-    return PagedEngine(requests, ChunkedScheduler(requests, 2048), runner, loaded.limits.context_length)
+    return PagedEngine(requests, ChunkedScheduler(requests, 2048), runner)
 
 
 def parts_of_a_step(engine, steps=60):

@@ -349,7 +349,7 @@ def on_a_clock(kind, requests=256, steps=40):
     requests_table = RequestTable(limits, 4096, PAGE, requests, RadixPrefixCache(PAGE))
     sampler = Sampler(100, requests, torch.device("cpu"))
     clock = Clock(Slots(requests, 32, PAGE, 4096, sampler, torch.device("cpu")))
-    engine = kind(requests_table, ChunkedScheduler(requests_table, 4096), clock, 512)
+    engine = kind(requests_table, ChunkedScheduler(requests_table, 4096), clock)
     for i in range(requests):
         engine.add(Request(str(i), [i % 100] * 4, SamplingParams(max_tokens=200)))
     for _ in range(6):

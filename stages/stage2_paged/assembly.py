@@ -21,7 +21,7 @@ from stages.stage2_paged.attention.backend import PagedAttention
 from stages.stage2_paged.attention.choice import choose, make_backend, pick_page_size
 from stages.stage2_paged.inputs import Slots
 from stages.stage2_paged.kv_cache import PagedKVCache
-from stages.stage2_paged.prefix_cache import NoPrefixCache
+from stages.stage2_paged.prefix_cache import NoPrefixCache, PrefixCache
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.runner import ModelRunner, Runner
 from stages.stage2_paged.sampler import Draw, Sampler
@@ -219,9 +219,10 @@ def _run_largest_steps(
     return num_pages
 
 
-def cap_context(limits: Limits, cache_tokens: int) -> Limits:
-    """No request may be longer than the whole cache."""
-    if cache_tokens >= limits.context_length:
-        return limits
-    logger.warning("the KV cache holds %d tokens, so that is the context length", cache_tokens)
-    return replace(limits, context_length=cache_tokens)
+def make_table(config: EngineConfig, loaded: Loaded, num_pages: int, cache: PrefixCache) -> RequestTable:
+    """A table for a cache of `num_pages`. No request may be longer than the whole of it."""
+    limits, cache_tokens = loaded.limits, num_pages * loaded.page_size
+    if cache_tokens < limits.context_length:
+        logger.warning("the KV cache holds %d tokens, so that is the context length", cache_tokens)
+        limits = replace(limits, context_length=cache_tokens)
+    return RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)

@@ -1,7 +1,7 @@
 """Stage 2, assembled: pages, a table of requests, a scheduler, and kernels that read pages."""
 
 from stages.interface import Engine, Request, Statistics, TokenOutput
-from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.assembly import EngineConfig, load, make_runner, make_table, measure_pages
 from stages.stage2_paged.prefix_cache import NoPrefixCache
 from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.runner import Runner
@@ -18,27 +18,23 @@ def build(config: EngineConfig) -> Engine:
     """
     loaded = load(config)
     num_pages = measure_pages(config, loaded, Scheduler)
-    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
-    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, NoPrefixCache())
+    table = make_table(config, loaded, num_pages, NoPrefixCache())
     scheduler = Scheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
-    return PagedEngine(table, scheduler, runner, limits.context_length)
+    return PagedEngine(table, scheduler, runner)
 
 
 class PagedEngine:
     """Schedule a batch, run it, commit its tokens, and again."""
 
-    def __init__(
-        self, table: RequestTable, scheduler: AnyScheduler, runner: Runner, context_length: int
-    ) -> None:
+    def __init__(self, table: RequestTable, scheduler: AnyScheduler, runner: Runner) -> None:
         self._table = table
         self._scheduler = scheduler
         self._runner = runner
-        self._context_length = context_length
 
     @property
     def context_length(self) -> int:
-        return self._context_length
+        return self._table.limits.context_length
 
     @property
     def has_work(self) -> bool:

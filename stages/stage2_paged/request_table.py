@@ -28,11 +28,11 @@ class RequestTable:
     def __init__(
         self, limits: Limits, num_pages: int, page_size: int, max_rows: int, prefix_cache: PrefixCache
     ) -> None:
+        self.limits = limits
         self.page_size = page_size
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival; each holds a slot
         self.blocked = False  # whether the head of the queue cannot be admitted before pages come back
-        self._limits = limits
         self._allocator = PageAllocator(num_pages)
         self._slots = list(range(max_rows - 1, -1, -1))
         self._cache = prefix_cache
@@ -65,9 +65,9 @@ class RequestTable:
 
     def add(self, request: Request) -> None:
         """Queue a request; raises RequestRefused if it can never be served."""
-        self._limits.check(request, self._sequences)
+        self.limits.check(request, self._sequences)
         prompt, max_tokens = list(request.prompt), request.params.max_tokens
-        context = self._limits.context_length
+        context = self.limits.context_length
         limit = context if max_tokens is None else len(prompt) + max_tokens
         sequence = Sequence(request, self._arrivals, limit, tokens=prompt, length=len(prompt))
         self._arrivals += 1
@@ -150,7 +150,7 @@ class RequestTable:
             sequence.tokens.append(new.token_id)
             request = sequence.request
             count = len(sequence.tokens) - len(request.prompt)
-            reason = self._limits.finish_reason(request, count, new.token_id)
+            reason = self.limits.finish_reason(request, count, new.token_id)
             outputs.append(
                 TokenOutput(request.id, new.token_id, new.logprobs, reason, sequence.cached_tokens or 0)
             )

@@ -1,9 +1,8 @@
 """Stage 3, assembled: stage 2's engine, with a prefix cache that remembers."""
 
 from stages.interface import Engine
-from stages.stage2_paged.assembly import EngineConfig, cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.assembly import EngineConfig, load, make_runner, make_table, measure_pages
 from stages.stage2_paged.engine import PagedEngine
-from stages.stage2_paged.request_table import RequestTable
 from stages.stage2_paged.scheduler import Scheduler
 from stages.stage3_radix.prefix_cache import RadixPrefixCache
 
@@ -18,9 +17,7 @@ def build(config: EngineConfig) -> Engine:
     """
     loaded = load(config)
     num_pages = measure_pages(config, loaded, Scheduler)
-    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
-    cache = RadixPrefixCache(loaded.page_size)
-    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    table = make_table(config, loaded, num_pages, RadixPrefixCache(loaded.page_size))
     scheduler = Scheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
-    return PagedEngine(table, scheduler, runner, limits.context_length)
+    return PagedEngine(table, scheduler, runner)

@@ -5,9 +5,8 @@ from typing import Annotated
 
 from stages.interface import Engine
 from stages.stage2_paged import assembly
-from stages.stage2_paged.assembly import Loaded, cap_context, load, make_runner, measure_pages
+from stages.stage2_paged.assembly import Loaded, load, make_runner, make_table, measure_pages
 from stages.stage2_paged.engine import PagedEngine
-from stages.stage2_paged.request_table import RequestTable
 from stages.stage3_radix.prefix_cache import RadixPrefixCache
 from stages.stage4_chunked.scheduler import ChunkedScheduler
 
@@ -29,12 +28,10 @@ def build(config: EngineConfig) -> Engine:
     """
     loaded = load(config)
     num_pages = measure_pages(config, loaded, ChunkedScheduler, longest=longest_prompt(config, loaded))
-    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
-    cache = RadixPrefixCache(loaded.page_size)
-    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    table = make_table(config, loaded, num_pages, RadixPrefixCache(loaded.page_size))
     scheduler = ChunkedScheduler(table, config.prefill_budget)
     runner = make_runner(config, loaded, num_pages)
-    return PagedEngine(table, scheduler, runner, limits.context_length)
+    return PagedEngine(table, scheduler, runner)
 
 
 def longest_prompt(config: EngineConfig, loaded: Loaded) -> int | None:

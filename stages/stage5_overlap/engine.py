@@ -10,7 +10,7 @@ from stages.interface import Engine, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV
 from stages.stage1_naive.model import Ops
 from stages.stage1_naive.sampling import sample
-from stages.stage2_paged.assembly import Loaded, cap_context, load, make_parts, measure_pages
+from stages.stage2_paged.assembly import Loaded, load, make_parts, make_table, measure_pages
 from stages.stage2_paged.attention.choice import make_backend
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.engine import PagedEngine
@@ -77,13 +77,12 @@ def assemble(
     longest = stage4.longest_prompt(config, loaded)
     measured = measure_pages(config, loaded, ChunkedScheduler, make, longest)  # graphs take memory, too
     num_pages = agree(measured)
-    limits = cap_context(loaded.limits, num_pages * loaded.page_size)
     cache = RadixPrefixCache(loaded.page_size) if config.radix else NoPrefixCache()
-    table = RequestTable(limits, num_pages, loaded.page_size, config.max_rows, cache)
+    table = make_table(config, loaded, num_pages, cache)
     scheduler = ChunkedScheduler(table, config.prefill_budget)
     runner = make(config, loaded, num_pages)
     kind = OverlapEngine if config.overlap else PagedEngine
-    engine = kind(table, scheduler, runner, limits.context_length)
+    engine = kind(table, scheduler, runner)
     return trace_engine(engine, Path(config.trace)) if config.trace else engine
 
 
@@ -131,18 +130,15 @@ class OverlapEngine:
     committed. Nothing else changes: the scheduler never asks what the newest token is.
     """
 
-    def __init__(
-        self, table: RequestTable, scheduler: AnyScheduler, runner: Runner, context_length: int
-    ) -> None:
+    def __init__(self, table: RequestTable, scheduler: AnyScheduler, runner: Runner) -> None:
         self._table = table
         self._scheduler = scheduler
         self._runner = runner
-        self._context_length = context_length
         self._under_way: tuple[Batch, Pending] | None = None
 
     @property
     def context_length(self) -> int:
-        return self._context_length
+        return self._table.limits.context_length
 
     @property
     def has_work(self) -> bool:

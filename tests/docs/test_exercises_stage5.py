@@ -182,8 +182,8 @@ def test_a_search_ends_at_the_least_key_and_in_time() -> None:
 def test_the_engines_of_stages_4_and_5_are_depths_0_and_1() -> None:
     dropped = 0
     for seed in range(12):
-        tokens, none = stage5.serve(lambda t, s, r, _: PagedEngine(t, s, r, stage5.CONTEXT), 0, seed)
-        ahead, rows = stage5.serve(lambda t, s, r, _: OverlapEngine(t, s, r, stage5.CONTEXT), 1, seed)
+        tokens, none = stage5.serve(lambda t, s, r, _: PagedEngine(t, s, r), 0, seed)
+        ahead, rows = stage5.serve(lambda t, s, r, _: OverlapEngine(t, s, r), 1, seed)
         assert (tokens, none) == (ahead, 0)
         assert all(tokens.values())
         dropped += rows

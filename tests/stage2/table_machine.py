@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stages.interface import Request, RequestRefused, SamplingParams
 from stages.stage1_naive.limits import Limits
-from stages.stage2_paged.assembly import MakeScheduler, cap_context
+from stages.stage2_paged.assembly import MakeScheduler
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.prefix_cache import PrefixCache
 from stages.stage2_paged.request_table import RequestTable, SampledToken
@@ -40,8 +40,8 @@ class TableMachine(RuleBasedStateMachine):
     def start(self, page_size: int, tokens: int, rows: int, budget: int) -> None:
         pages = max(2, tokens // page_size)  # one or two long requests fill them
         self.pages, self.rows, self.budget, self.page_size = pages, rows, budget, page_size
-        limits = cap_context(Limits(VOCAB, CONTEXT, frozenset({EOS})), pages * page_size)
-        self.context = limits.context_length
+        self.context = min(CONTEXT, pages * page_size)
+        limits = Limits(VOCAB, self.context, frozenset({EOS}))
         self.cache: Any = type(self).make_cache(page_size)
         self.table = RequestTable(limits, pages, page_size, rows, self.cache)
         self.scheduler = type(self).make_scheduler(self.table, budget)
