@@ -61,19 +61,22 @@ class Checkpoint:
     """The tensors of a folder by name, read one by one, whichever files hold them.
 
     Raises:
-        ValueError: a safetensors file is missing or damaged, or the tensors are not those of `config`.
+        ValueError: a safetensors file is missing or damaged, or names or shapes are not those of `config`.
     """
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
         self.files: dict[str, Path] = {}  # tensor name -> file
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in self._list_files():
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    self.files.update(dict.fromkeys(tensors.keys(), file))
+                    for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                        self.files[name] = file
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
-        _check_names(path, config, set(self.files))
+        _check_tensors(path, config, shapes)
         if config.tied_embeddings and "lm_head.weight" in self.files:
             self._check_tied()
 
@@ -139,13 +142,13 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_names(path: Path, config: ModelConfig, names: set[str]) -> None:
-    """Raise a ValueError that names what is missing, and what is there but would be ignored."""
-    expected = set(tensor_shapes(config))
+def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise a ValueError that names what is missing, what is there but would be ignored, or a wrong shape."""
+    names, expected = set(shapes), tensor_shapes(config)
     harmless = {name for name in names if name.endswith("rotary_emb.inv_freq")}  # old exports save them
     if config.tied_embeddings:
         harmless.add("lm_head.weight")
-    missing, surplus = sorted(expected - names), sorted(names - expected - harmless)
+    missing, surplus = sorted(expected.keys() - names), sorted(names - expected.keys() - harmless)
     problems = [
         f"{len(group)} {label} ({', '.join(group[:4])}{', ...' if len(group) > 4 else ''})"
         for label, group in (("missing", missing), ("not of this architecture", surplus))
@@ -153,6 +156,9 @@ def _check_names(path: Path, config: ModelConfig, names: set[str]) -> None:
     ]
     if problems:
         raise ValueError(f"the tensors in {path} do not fit its config.json: {'; '.join(problems)}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} has the shape {shapes[name]}, but config.json asks for {shape}")
 
 
 def random_reader(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Read:
@@ -175,20 +181,10 @@ def random_reader(config: ModelConfig, device: torch.device, dtype: torch.dtype,
 def load_model(
     config: ModelConfig, ops: Ops, read: Read, dtype: torch.dtype, device: torch.device, progress: bool = True
 ) -> Transformer:
-    """Read every tensor once, fuse what is used together, and put it on the device.
-
-    Raises:
-        ValueError: a tensor has another shape than the config says; the message names it.
-    """
-    shapes = tensor_shapes(config)
+    """Read every tensor once, fuse what is used together, and put it on the device."""
 
     def get(*names: str) -> Tensor:
         parts = [read(name) for name in names]
-        for name, part in zip(names, parts, strict=True):
-            if tuple(part.shape) != shapes[name]:
-                raise ValueError(
-                    f"{name} has the shape {tuple(part.shape)}, but config.json asks for {shapes[name]}"
-                )
         fused = parts[0] if len(parts) == 1 else torch.cat(parts)
         return fused.to(device=device, dtype=dtype)
 
