@@ -3,6 +3,7 @@
 import hashlib
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -18,23 +19,12 @@ from stages.stage6_parallel.link import Follower, Leader, Step
 from tests.oracle import run_arriving, run_engine
 
 
-class NoWatch:
-    """Nobody dies here."""
-
-    failure = None
-
-    def check(self) -> None:
-        pass
-
-    def guard(self) -> nullcontext[None]:
-        return nullcontext()
-
-
 class StoreLink:
     """Both ends of a link, through the ranks' store."""
 
     def __init__(self, place: Place) -> None:
-        self.watch = NoWatch()
+        # nobody dies here
+        self.watch = SimpleNamespace(failure=None, check=lambda: None, guard=nullcontext)
         self._store = place.store
         self._count = 0
 
