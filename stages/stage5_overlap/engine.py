@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from stages.interface import Engine, Request, Statistics, TokenOutput
+from stages.interface import Engine, TokenOutput
 from stages.stage1_naive.attention import QKV
 from stages.stage1_naive.model import Ops
 from stages.stage1_naive.sampling import sample
@@ -123,7 +123,7 @@ def make_runner(
     return GraphRunner(eager, model, decode, parts.sampler, parts.slots, sizes, fused, share)
 
 
-class OverlapEngine:
+class OverlapEngine(PagedEngine):
     """Schedule and launch a batch, then commit the one before: while Python works, so does the GPU.
 
     A request is found to have ended one step late, and its row of the batch under way is dropped when that is
@@ -131,33 +131,14 @@ class OverlapEngine:
     """
 
     def __init__(self, table: RequestTable, scheduler: AnyScheduler, runner: Runner) -> None:
-        self._table = table
-        self._scheduler = scheduler
-        self._runner = runner
+        super().__init__(table, scheduler, runner)
         self._under_way: tuple[Batch, Pending] | None = None
 
     @property
-    def context_length(self) -> int:
-        return self._table.limits.context_length
-
-    @property
     def has_work(self) -> bool:
-        return self._table.has_work or self._under_way is not None
-
-    @property
-    def statistics(self) -> Statistics:
-        return self._table.statistics
-
-    def add(self, request: Request) -> None:
-        self._table.add(request)
-
-    def abort(self, request_id: str) -> None:
-        self._table.abort(request_id)
+        return super().has_work or self._under_way is not None
 
     def step(self) -> list[TokenOutput]:
         batch, before = self._scheduler.schedule(), self._under_way
         self._under_way = (batch, self._runner.launch(batch)) if batch else None
         return self._table.commit(before[0], before[1].wait()) if before else []
-
-    def close(self) -> None:
-        self._runner.close()
