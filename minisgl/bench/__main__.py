@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        return _run(name, parser, rest)
+        _run(name, parser, rest)
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -41,17 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
+def _run(name: str, parser: argparse.ArgumentParser, rest: list[str]) -> None:
     if name in ("offline", "stages", "ablate"):  # imported late: they need torch
         from minisgl.bench import offline
 
         offline.add_arguments(parser, rest, name)
-        run = {"offline": offline.run_offline, "stages": offline.run_stages, "ablate": offline.run_ablate}
-        return run[name](parser.parse_args(rest))
-    module = import_module(f"minisgl.bench.{'shapes' if name == 'weights' else name}")
-    module.add_arguments(parser)
-    status: int = module.run(parser.parse_args(rest))
-    return status
+        runs = {"offline": offline.run_offline, "stages": offline.run_stages, "ablate": offline.run_ablate}
+        run = runs[name]
+    else:
+        module = import_module(f"minisgl.bench.{'shapes' if name == 'weights' else name}")
+        module.add_arguments(parser)
+        run = module.run
+    run(parser.parse_args(rest))
 
 
 if __name__ == "__main__":

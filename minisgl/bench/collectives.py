@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Start the ranks, let them measure, and print what rank 0 saw."""
     if args.tp < 2 or not all(rows.strip().isdecimal() and int(rows) for rows in args.rows.split(",")):
         raise ValueError("--tp must be at least 2, and --rows numbers such as 1,8,256")
@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     _print(results)
     if args.out:
         save(args.out, environment() | {"model": f"{args.shape}'s shape", "tp": args.tp, "results": results})
-    return 0
 
 
 def _rank(rank: int, size: int, port: int, shape: str, rows: list[int], queue: Any) -> None:

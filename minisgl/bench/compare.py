@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, help="another one")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     before, after = load(args.before), load(args.after)
     for name in ("hardware", "commit", "model"):
         if before.get(name) != after.get(name):
@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
                 ratio = f"{b / a:.3f}" if a else "-"
                 spread = f"   {_spread(old, name)}, {_spread(new, name)}"
                 print(f"  {name:<26}{a:>14,.5g}{b:>14,.5g}{ratio:>8}{spread}")
-    return 0
 
 
 def _key(result: Json) -> tuple[str, ...]:

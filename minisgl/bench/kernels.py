@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Measure and print kernel by kernel."""
     parts = args.rows.split(",") if args.rows is not None else []
     if not all(part.strip().isdecimal() and int(part) for part in parts):
@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
         results = measure(cases(config, [int(part) for part in parts], randn), bandwidth, device)
     if args.out:
         save(args.out, environment() | {"model": args.shape, "copy_bandwidth": bandwidth, "results": results})
-    return 0
 
 
 def measure(todo: Iterable[Case], bandwidth: float, device: torch.device) -> list[Json]:

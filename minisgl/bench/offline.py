@@ -72,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], command:
         parser.add_argument("--chart", type=Path, metavar="FILE", help="draw FILE-light.svg and -dark.svg")
 
 
-def run_offline(args: argparse.Namespace) -> int:
+def run_offline(args: argparse.Namespace) -> None:
     with _model(args) as folder:
         results = _Bench(args, folder).measure(args.stage, args.workload or ["offline", "one"])
-    return _finish(args, results)
+    _finish(args, results)
 
 
-def run_stages(args: argparse.Namespace) -> int:
+def run_stages(args: argparse.Namespace) -> None:
     results = []
     if not all(number.strip().isdecimal() for number in args.stages.split(",")):
         raise ValueError(f"--stages must be numbers such as 1,3, not {args.stages!r}")
@@ -89,15 +89,14 @@ def run_stages(args: argparse.Namespace) -> int:
         bench = _Bench(args, folder)
         for number in numbers:
             results += bench.measure(number, args.workload or ["ladder"])
-    status = _finish(args, results)
+    _finish(args, results)
     if args.chart:  # after the numbers are saved: it may fail
         from minisgl.bench.charts import draw_ladder
 
         draw_ladder(results, args.chart)
-    return status
 
 
-def run_ablate(args: argparse.Namespace) -> int:
+def run_ablate(args: argparse.Namespace) -> None:
     """Stage 5 whole, and with one part taken out at a time."""
     results, refused = [], list[str]()
     names = args.workload or ["offline", "one"]
@@ -116,7 +115,7 @@ def run_ablate(args: argparse.Namespace) -> int:
         mine = [r for r in results if r["variant"] == variant and r["workload"] in whole]
         print(f"{variant:<24}" + "".join(f"{r['seconds'] / whole[r['workload']]:>14.2f}" for r in mine))
     print("\n".join(["", *(f"not measured: {reason}" for reason in refused)]))
-    return _finish(args, results)
+    _finish(args, results)
 
 
 @contextmanager
@@ -228,10 +227,9 @@ def _line(result: Json) -> str:
     return f"{head}{shown}"
 
 
-def _finish(args: argparse.Namespace, results: list[Json]) -> int:
+def _finish(args: argparse.Namespace, results: list[Json]) -> None:
     if args.out:
         model = f"{args.shape}'s shape, random weights" if args.shape else str(args.model or builtin.NAME)
         flags = {f.name: getattr(args, f.name) for f in fields(load_stage(args.stage).EngineConfig)}
         del flags["model"]
         save(args.out, environment() | {"model": model, "engine": flags, "results": results})
-    return 0

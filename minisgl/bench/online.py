@@ -67,41 +67,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="save the results as JSON, with every request")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the arguments say. The exit status: 1 after a user's error, or if no request was answered."""
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments say. Ctrl-C ends it with a report of what was measured by then.
+
+    Raises:
+        ValueError: the user's error, or no request was answered.
+    """
+    _many_connections()
+    if args.self_test:
+        _self_test(args)
+        return
+    if args.trace and (args.rate or args.turns > 1 or args.shared_prefix):
+        raise ValueError(
+            "--trace brings its own times and prefixes: leave --rate, --turns, --shared-prefix out"
+        )
+    build = _workload(args)
+    server = Server.from_url(args.url)
+    model = args.model or _first_model(server)
+    limits, results = Limits(args.limit_ttft, args.limit_itl), list[Json]()
     try:
-        _many_connections()
-        if args.self_test:
-            return _self_test(args)
-        if args.trace and (args.rate or args.turns > 1 or args.shared_prefix):
-            raise ValueError(
-                "--trace brings its own times and prefixes: leave --rate, --turns, --shared-prefix out"
-            )
-        build = _workload(args)
-        server = Server.from_url(args.url)
-        model = args.model or _first_model(server)
-    except (ValueError, RequestFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    limits, results, interrupted = Limits(args.limit_ttft, args.limit_itl), list[Json](), False
-    for position, concurrency in enumerate(args.concurrency):
-        load, samples = Load(server, model, args.timeout, concurrency), list[Sample]()
-        interrupted = _measure(load, build(position), samples)
-        if samples:
-            results.append(
-                summarize(_name(args, concurrency), samples, limits, open_loop=concurrency is None)
-            )
-            print(table(results[-1]), end="\n\n", flush=True)
-        if interrupted:
-            print("interrupted: these numbers are of what had ended by then", file=sys.stderr)
-            break
-    _save(args, model, results)
-    if interrupted:
-        return 130
+        for position, concurrency in enumerate(args.concurrency):
+            load, samples = Load(server, model, args.timeout, concurrency), list[Sample]()
+            try:
+                _measure(load, build(position), samples)
+            finally:
+                if samples:
+                    name, open_loop = _name(args, concurrency), concurrency is None
+                    results.append(summarize(name, samples, limits, open_loop))
+                    print(table(results[-1]), end="\n\n", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: these numbers are of what had ended by then", file=sys.stderr)
+        raise
+    finally:
+        _save(args, model, results)
     if all(result["failed"] == result["requests"] for result in results):
-        print("error: no request was answered", file=sys.stderr)
-        return 1
-    return 0
+        raise ValueError("no request was answered")
 
 
 def _workload(args: argparse.Namespace) -> Callable[[int], list[Conversation]]:
@@ -125,21 +125,17 @@ def _workload(args: argparse.Namespace) -> Callable[[int], list[Conversation]]:
     return lambda position: synthetic.build(source(position))
 
 
-def _measure(load: Load, conversations: Sequence[Conversation], samples: list[Sample]) -> bool:
-    """Fill `samples`. Whether Ctrl-C ended it."""
+def _measure(load: Load, conversations: Sequence[Conversation], samples: list[Sample]) -> None:
+    """Fill `samples`."""
     total = sum(len(conversation.turns) for conversation in conversations)
-    try:
-        with (
-            tqdm(total=total, unit="req", disable=None, leave=False) as bar,
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
-            runner.run(load.drive(conversations, samples, bar.update))
-    except KeyboardInterrupt:
-        return True
-    return False
+    with (
+        tqdm(total=total, unit="req", disable=None, leave=False) as bar,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(load.drive(conversations, samples, bar.update))
 
 
-def _self_test(args: argparse.Namespace) -> int:
+def _self_test(args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "minisgl.bench.dummy"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dummy:
         try:
@@ -148,23 +144,19 @@ def _self_test(args: argparse.Namespace) -> int:
             load, samples = Load(server, "dummy", args.timeout), list[Sample]()
             turn = Turn(lambda: [1], _SELF_TEST_TOKENS)
             cpu = time.process_time()
-            interrupted = _measure(load, [Conversation(0.0, [turn])] * _SELF_TEST_STREAMS, samples)
+            _measure(load, [Conversation(0.0, [turn])] * _SELF_TEST_STREAMS, samples)
             cpu = time.process_time() - cpu
         finally:
             dummy.kill()
-    if interrupted or not samples:
-        return 130
     result = summarize("self-test", samples, Limits(), open_loop=False) | {"client_cpu_s": cpu}
     if result["failed"] or not result["output_tokens_per_s"]:
-        print(f"error: the self-test failed: {result['errors']}", file=sys.stderr)
-        return 1
+        raise ValueError(f"the self-test failed: {result['errors']}")
     print(
         f"the client took {result['output_tokens_per_s']:,.0f} tokens/s, one event each, "
         f"from {_SELF_TEST_STREAMS} streams of a dummy server; "
         f"{1e6 * cpu / result['output_tokens']:.1f} µs of its CPU a token"
     )
     _save(args, "dummy", [result])
-    return 0
 
 
 def _first_model(server: Server) -> str:

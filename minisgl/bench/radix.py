@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers there, as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if not 1 <= args.page_size <= args.tokens or args.prompts < 1:
         raise ValueError("there must be at least one prompt, and one page of at least one token in each")
     draw, tree = random.Random(0), RadixTree(args.page_size)
@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.out:
         save(args.out, environment() | {"results": [result]})
-    return 0
 
 
 def _microseconds(call: Callable[[], object]) -> float:

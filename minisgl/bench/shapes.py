@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a new one, or one without a config.json")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Write a folder that can be served, to put load on a server without a download."""
     args.folder.mkdir(parents=True, exist_ok=True)
     if (args.folder / "config.json").exists():
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     write_config(args.folder, args.shape)
     write_tokenizer(args.folder, SHAPES[args.shape]["vocab_size"])
     print(f"serve it with: python -m minisgl.launch {shlex.quote(str(args.folder))} --random-weights")
-    return 0
 
 
 def write_config(folder: Path, name: str) -> None:

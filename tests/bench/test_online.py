@@ -1,4 +1,3 @@
-import argparse
 import http.client
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minisgl.bench import online
+from minisgl.bench.__main__ import main
 from minisgl.bench.traces import Synthetic, TokenSource, read_trace, replay
 from tests.bench.dummy_server import dummy
 from tests.server.running import RunningServer, launch
@@ -32,9 +31,7 @@ def server(
 
 
 def bench(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    online.add_arguments(parser)
-    return online.run(parser.parse_args(list(map(str, arguments))))
+    return main(["online", *map(str, arguments)])
 
 
 def results(folder: Path, *arguments: object, status: int = 0) -> list[Any]:
