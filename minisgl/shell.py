@@ -5,17 +5,17 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import HTML
 
 from minisgl.cli import add_engine_arguments, engine_config
+from minisgl.server.text import Choice
 from stages import load_stage
 from stages.interface import Engine, EngineConfig, EngineFailed, Request, SamplingParams
 from stages.stage1_naive.config import find_model
-from stages.stage1_naive.tokenizer import Detokenizer, Message, Tokenizer
+from stages.stage1_naive.tokenizer import Message, Tokenizer
 
 _HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer."
 
@@ -44,34 +44,17 @@ class Chat:
         seed = secrets.randbits(63) if self._params.seed is None else self._params.seed
         request = Request(secrets.token_hex(8), prompt, self._params, seed)
         self._engine.add(request)
-        said: list[str] = []
+        answer, said = Choice(0, self._tokenizer), ""
         try:
-            for piece in self._pieces():
-                said.append(piece)
-                yield piece
+            while self._engine.has_work:
+                for output in self._engine.step():
+                    answer.push(output)
+                    text = piece.text if (piece := answer.take()) else ""
+                    said += text
+                    yield text  # even an empty one: Ctrl-C is looked for after every token
         finally:
             self._engine.abort(request.id)
-            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
-
-    def _pieces(self) -> Iterator[str]:
-        detokenizer = Detokenizer(self._tokenizer)
-        while self._engine.has_work:
-            for output in self._engine.step():
-                if output.finish_reason != "stop":
-                    yield detokenizer.push(output.token_id)
-                if output.finish_reason is not None:
-                    yield detokenizer.flush()
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, in place of an exception in the middle of an engine's step."""
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+            self._messages = [*messages, {"role": "assistant", "content": said}]
 
 
 def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
@@ -106,18 +89,20 @@ def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
 
 
 def _answer(conversation: Chat, question: str) -> None:
-    with _interrupts() as interrupted:
-        pieces = conversation.ask(question)
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-                if interrupted.is_set():
-                    print(" (stopped)", end="")
-                    break
-        except ValueError as error:  # the context is full, or the template refuses
-            print(f"({error}; /reset begins anew)", end="")
-        finally:
-            pieces.close()
+    pressed = threading.Event()  # by Ctrl-C, in place of an exception in the middle of an engine's step
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    pieces = conversation.ask(question)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            if pressed.is_set():
+                print(" (stopped)", end="")
+                break
+    except ValueError as error:  # the context is full, or the template refuses
+        print(f"({error}; /reset begins anew)", end="")
+    finally:
+        pieces.close()
+        signal.signal(signal.SIGINT, before)
     print()
 
 
