@@ -22,8 +22,9 @@ from stages.interface import EngineConfig, EngineFailed, Request, RequestRefused
 
 _LAST_WORDS_S = 0.2  # a dead process's last message may still be on its way
 _PATIENCE_S = 5.0  # from SIGTERM to SIGKILL
-# Seconds of silence from an engine process. A library that is being loaded stops all threads of a process.
-_LOADING_S, _SERVING_S = 120, 8
+_TICK_S = 0.5
+# Ticks of silence from an engine process. A library that is being loaded stops all threads of a process.
+_LOADING, _SERVING = 240, 16
 
 
 class EngineDied(EngineFailed):
@@ -176,8 +177,7 @@ async def start_engine(stage: int, config: EngineConfig, log_level: str) -> Asyn
             )
             _start(process)
             client = EngineClient(outbox, inbox)
-            work = client.listen(), _watch(process, client), _watch_pulse(client)
-            tasks = [asyncio.create_task(task) for task in work]
+            tasks = [asyncio.create_task(work) for work in (client.listen(), _watch(process, client))]
             try:
                 yield client
             finally:
@@ -198,33 +198,22 @@ def _start(process: SpawnProcess) -> None:
 
 
 async def _watch(process: SpawnProcess, client: EngineClient) -> None:
-    """Notice an engine process that ends without a word, as one does that is killed."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(process.sentinel, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(process.sentinel)
-    await asyncio.sleep(_LAST_WORDS_S)
-    process.join()
-    code = process.exitcode or 0
-    client.close(
-        f"the engine process was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"the engine process ended with status {code}"
-    )
+    """Notice an engine process that ends without a word, as one does that is killed, or that is stopped.
 
-
-async def _watch_pulse(client: EngineClient) -> None:
-    """Notice an engine process that is stopped. Seconds are counted here, not read from a clock: when both
-    processes are stopped and go on together, none of them was silent."""
+    Ticks are counted, no clock is read: when both processes are stopped and go on together, none was silent.
+    """
     silent = 0
-    while silent < (_SERVING_S if client.is_ready else _LOADING_S):
-        await asyncio.sleep(1)
+    while process.is_alive() and silent < (_SERVING if client.is_ready else _LOADING):
+        await asyncio.sleep(_TICK_S)
         silent = 0 if client.heard else silent + 1
         client.heard = False
-    client.close(f"the engine process is stopped or stuck: it was silent for {silent} s")
+    await asyncio.sleep(_LAST_WORDS_S)
+    code = process.exitcode
+    if code is None:
+        end = f"is stopped or stuck: it was silent for {silent * _TICK_S:.0f} s"
+    else:
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    client.close(f"the engine process {end}")
 
 
 def _end(process: SpawnProcess) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 
 import zmq
@@ -62,14 +61,13 @@ def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
     signal.signal(signal.SIGTERM, _leave)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_beat, args=(addresses[1],), daemon=True).start()
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
         for socket, address in zip((inbox, outbox), addresses, strict=True):
             socket.set_hwm(0)  # no limit of its own: the open requests are one
             socket.connect(address)
         link = Link(inbox, outbox)
-        threading.Thread(target=_beat, args=(addresses[1],), daemon=True).start()
         loaded = False
         try:
             engine = load_stage(stage).build(config)
@@ -96,18 +94,15 @@ def _leave(*_: object) -> None:
 
 
 def _beat(address: str) -> None:
-    """Say that this process runs, however long a step takes. Threads share no socket; and nobody waits for
-    this one's context, which ends with the process."""
-    with zmq.Context() as context, context.socket(zmq.PUSH) as outbox:
-        outbox.connect(address)
-        while True:
-            outbox.send(encode(Alive()))
-            time.sleep(_PULSE_S)
-
-
-def _die_with_parent() -> None:
-    """Even if the parent is killed, and even in the middle of loading or of a step."""
+    """Say that this process runs, and end it with its parent even if that is killed: also in the middle of
+    loading or of a long step. Threads share no socket; and nobody waits for this one's context, which ends
+    with the process."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this process is always a child
-    parent.join()
-    os._exit(1)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as outbox:
+        outbox.set_hwm(0)  # a parent that is stopped, and reads nothing, must not keep it from seeing the end
+        outbox.connect(address)
+        while parent.is_alive():
+            outbox.send(encode(Alive()))
+            parent.join(_PULSE_S)
+        os._exit(1)
