@@ -131,17 +131,5 @@ def _number(value: float | None) -> str:
 
 def _raw(sample: Sample) -> Json:
     """All of a request but its single gaps. Times in seconds after the start of the run."""
-    return {
-        "conversation": sample.conversation,
-        "turn": sample.turn,
-        "arrival": sample.arrival,
-        "start": sample.start,
-        "ttft": sample.ttft,
-        "end": sample.chunks[-1] if sample.chunks else None,
-        "chunks": len(sample.chunks),
-        "asked_tokens": sample.asked_tokens,
-        "prompt_tokens": sample.prompt_tokens,
-        "cached_tokens": sample.cached_tokens,
-        "tokens": sample.tokens,
-        "error": sample.error,
-    }
+    end = sample.chunks[-1] if sample.chunks else None
+    return vars(sample) | {"ttft": sample.ttft, "end": end, "chunks": len(sample.chunks)}
