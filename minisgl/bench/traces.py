@@ -1,10 +1,10 @@
 """What to ask a server and when: made up from a seed, or read from a trace."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -104,16 +104,10 @@ class _Own(Struct):
     prefix: list[_Count] = []
 
 
-class _Mooncake(Struct):
-    timestamp: _Arrival  # milliseconds
-    input_length: _Length
-    output_length: _Count
-    hash_ids: list[_Count] = []
+class _Foreign(Struct):
+    """Mooncake's line, and Qwen-Bailian's."""
 
-
-class _Bailian(Struct):
-    chat_id: int
-    timestamp: _Arrival  # seconds
+    timestamp: _Arrival  # milliseconds; Qwen-Bailian's: seconds
     input_length: _Length
     output_length: _Count
     hash_ids: list[_Count] = []
@@ -141,7 +135,8 @@ def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
     requests = []
     try:
         with path.open("rb") as file:
-            for number, line in islice(_lines(file), limit):
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            for number, line in islice(lines, limit):
                 requests.append(_request(line, f"{path}, line {number}"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -170,10 +165,6 @@ def replay(requests: Sequence[TraceRequest], speed: float, source: TokenSource) 
     ]
 
 
-def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
 def _request(line: bytes, where: str) -> TraceRequest:
     try:
         found = msgspec.json.decode(line)
@@ -182,9 +173,9 @@ def _request(line: bytes, where: str) -> TraceRequest:
         if "arrival_ms" in found:
             return _own(msgspec.convert(found, _Own))
         if "chat_id" in found:
-            return _foreign(msgspec.convert(found, _Bailian), per_second=1, block=16)
+            return _foreign(msgspec.convert(found, _Foreign), per_second=1, block=16)
         if "timestamp" in found:
-            return _foreign(msgspec.convert(found, _Mooncake), per_second=1000, block=512)
+            return _foreign(msgspec.convert(found, _Foreign), per_second=1000, block=512)
         raise ValueError(
             'no "arrival_ms" (our own format), "chat_id" (Qwen-Bailian) or "timestamp" (Mooncake)'
         )
@@ -200,6 +191,6 @@ def _own(line: _Own) -> TraceRequest:
     return TraceRequest(line.arrival_ms / 1000, line.input_tokens, output, line.prefix, OWN_BLOCK)
 
 
-def _foreign(line: _Bailian | _Mooncake, per_second: int, block: int) -> TraceRequest:
+def _foreign(line: _Foreign, per_second: int, block: int) -> TraceRequest:
     output = max(line.output_length, 1)
     return TraceRequest(line.timestamp / per_second, line.input_length, output, line.hash_ids, block)
