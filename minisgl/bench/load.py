@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from minisgl.bench.client import Answer, RequestFailed, Server
-from minisgl.bench.traces import Conversation, Prompt, Turn
+from minisgl.bench.traces import Conversation, Prompt
 
 
 @dataclass
@@ -73,13 +73,6 @@ class Load:
         """
         places = asyncio.Semaphore(self.concurrency or len(conversations))
         begin = time.perf_counter()
-
-        async def run(number: int, conversation: Conversation, first: Prompt) -> None:
-            try:
-                await self._converse(number, conversation, first, begin, samples, on_end)
-            finally:
-                places.release()
-
         async with asyncio.TaskGroup() as tasks:
             for number, conversation in enumerate(conversations):
                 prompt = conversation.turns[0].prompt()  # before the wait, so that it delays nothing
@@ -88,7 +81,8 @@ class Load:
                 due = begin + conversation.arrival_s
                 while (wait := due - time.perf_counter()) > 0:  # noqa: ASYNC110  # no event to wait for
                     await asyncio.sleep(wait)  # maybe again: uvloop rounds to milliseconds, down too
-                tasks.create_task(run(number, conversation, prompt))
+                talk = self._converse(number, conversation, prompt, begin, samples, on_end)
+                tasks.create_task(talk).add_done_callback(lambda _: places.release())
 
     async def _converse(
         self,
@@ -102,7 +96,10 @@ class Load:
         arrival = conversation.arrival_s
         for index, turn in enumerate(conversation.turns):
             if index:
-                prompt = _continue(prompt, turn)
+                more = turn.prompt()
+                assert isinstance(prompt, str)  # as `Conversation` says
+                assert isinstance(more, str)
+                prompt += more
             sample = Sample(number, index, arrival, turn.output_tokens)
             answer = await self._ask(prompt, sample, begin)
             samples.append(sample)
@@ -138,13 +135,6 @@ def completion_body(model: str, prompt: Prompt, tokens: int) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-
-
-def _continue(history: Prompt, turn: Turn) -> Prompt:
-    more = turn.prompt()
-    assert isinstance(history, str)
-    assert isinstance(more, str)
-    return history + more
 
 
 def _count(answer: Answer, sample: Sample) -> None:
