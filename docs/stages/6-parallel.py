@@ -1161,7 +1161,7 @@ print(engine_file["note"])
 # %% [markdown]
 # (The *limit* is [the benchmark's](../bench.md), without any collectives, and on two GPUs half of it.)
 #
-# One request gains 1.75 times from the second GPU, and many 1.7; the shared prompt gains least.
+# One request and 32 gain 1.74 times from the second GPU, 256 gain 1.6; the shared prompt gains least.
 # Where a step of one request goes, a trace of rank 0 tells, by `--trace`:
 
 # %% tags=["hide-input"]
@@ -1193,11 +1193,11 @@ table(
 assert spent["_reduce_add_norm"]["count"] == steps * (2 * configs["qwen3-32b"].num_layers + 1)
 
 # %% [markdown]
-# Two collectives a layer and one at the end, counted: they take 6% of the step, and the GPU is never idle
-# between kernels. What is lost is lost in the matrix products: gate and up took 95 µs of each layer's 171,
-# where their bytes take 61. Alone, with half as many rows of weights in a block of the kernel, they take
-# 64 µs. So the code does that now, and one request gets 108 tokens a second instead of 89: the trace is from
-# before, the table above from after.
+# Two collectives a layer and one at the end, counted: they take 7% of the step, and the GPU is never idle
+# between kernels. The rest of what is lost is lost in the matrix products. In an earlier trace gate and up took
+# 95 µs of each layer's 171, where their bytes take 61. With half as many rows of weights in a block of the
+# kernel they take 64 µs alone, and one request got 107 tokens a second instead of 89. The trace here is from
+# after that.
 #
 # And what does the kernel of this stage save in the engine? The same with `--no-one-shot`, where NCCL does
 # every all-reduce:
@@ -1226,7 +1226,7 @@ assert one["NCCL"]["seconds"] > 1.05 * one[2]["seconds"]
 # perhaps because a kernel that follows NCCL's cannot come early and wait on the GPU. But these are single
 # runs.
 #
-# Llama-3.1-70B, which one GPU cannot hold, on two (before gate and up were changed):
+# Llama-3.1-70B, which one GPU cannot hold, on two:
 
 # %% tags=["hide-input"]
 larger = json.loads((RESULTS / "stage6-llama-3.1-70b-2xh200.json").read_text())
@@ -1282,11 +1282,12 @@ table(
 
 # %% [markdown]
 # The server costs nothing that these loads would show: the last one of each is as fast as the workload of
-# about the same size without a server, 4,850 tokens a second beside 4,824, and 2,694 beside 2,607 of an
-# older commit. Short answers to many prompts at once are bound by reading the prompts. In the first row,
-# some of the first requests waited for what is done once, such as compiling.
+# about the same size without a server, 4,850 tokens a second beside 4,597 (4,824 in an earlier run), and 2,694
+# beside 2,659. Short answers to many prompts at once are bound by reading the prompts. In the first row, some of
+# the first requests waited for what is done once, such as compiling; so did some in the tables above, whose
+# runs are the first of their engine.
 #
-# (All this was measured when the kernel's memory was PyTorch's symmetric memory, before `peer_memory.py`. The
+# (The server was measured when the kernel's memory was PyTorch's symmetric memory, before `peer_memory.py`. The
 # kernel is the same.)
 #
 # **Not measured**: more than two GPUs.
