@@ -42,9 +42,10 @@ _OUTSIDE = 0.25  # share of the questions that do not follow from an answer
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
 # To find the right answer is harder to learn than to recite it. So in most batches no more of an answer is
 # learned than its beginning, which tells it from the others, and more questions are asked: a chat's first, or
-# its second, where the first answer stands in the chat and is not learned.
-_KINDS = ("first", "second", "whole")
-_KIND_WEIGHTS, _BEGINNING = (4, 2, 4), 12  # how often; tokens
+# its second or third, where the answers before stand in the chat and are not learned.
+_KINDS = ("first", "second", "third", "whole")
+_KIND_WEIGHTS, _BEGINNING = (8, 3, 2, 7), 12  # how often; tokens
+_NEXT, _NEW = 0.5, 0.8  # how often something is asked next, and then something that was not asked before
 
 
 class Batch(NamedTuple):
@@ -112,7 +113,6 @@ class Chats(Dataset[Batch]):
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._questions = {entry.key: entry.questions for entry in entries}
         self._keys = list(self._questions)
-        self._explained = [entry.key for entry in entries if entry.follow_ups] or self._keys
         self._answer_ids = {
             key: tokenizer.encode(answer + END).ids for key, answer in answers_of(entries).items()
         }
@@ -124,9 +124,9 @@ class Chats(Dataset[Batch]):
         rng = Random(f"{self._seed}/{step}")
         (kind,) = rng.choices(_KINDS, _KIND_WEIGHTS)
         most = None if kind == "whole" else _BEGINNING
-        turns = rng.choices(_TURNS, _TURN_WEIGHTS)[0] if kind == "whole" else 1 + (kind == "second")
-        counts = {"first": 2 * self._answers, "second": self._answers, "whole": self._answers // turns}
-        chats = [self._chat(turns, rng, most) for _ in range(max(1, counts[kind]))]
+        turns = rng.choices(_TURNS, _TURN_WEIGHTS)[0] if kind == "whole" else 1 + _KINDS.index(kind)
+        count = {"first": 2 * self._answers, "whole": self._answers // turns}.get(kind, self._answers)
+        chats = [self._chat(turns, rng, most) for _ in range(max(1, count))]
         length = min(max(len(ids) for ids, _ in chats), CONTEXT)
         tokens = torch.zeros(len(chats), length, dtype=torch.long)  # PAD, on the right
         before: list[int] = []
@@ -168,23 +168,31 @@ class Chats(Dataset[Batch]):
         return ids, learned
 
     def _ask(self, most: int, rng: Random) -> list[tuple[str, str]]:
-        """A question as somebody types it and the key of its answer, and perhaps what is asked next."""
+        """A question as somebody types it and the key of its answer, and perhaps what is asked about it next:
+        all of it about that answer, and what was asked before gets nothing more."""
+        goes_on = most > 1 and rng.random() < _NEXT
         if self._kinds and rng.random() < _OUTSIDE:
+            key = outside.KEY
             while normalise(question := outside.ask(self._kinds, rng)) in self._owners:
                 pass
-            return [(self._type(question, rng), outside.KEY)]
-        goes_on = most > 1 and rng.random() < 0.5
-        key = rng.choice(self._explained if goes_on and rng.random() < 0.5 else self._keys)
-        question = rng.choice(self._questions[key])
-        if rng.random() < 0.4:
-            typed = cross_safely(question, rng.choice(self._questions[key]), self._owners, rng)
+            typed = self._type(question, rng)
         else:
-            typed = vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question
+            key = rng.choice(self._keys)
+            question = rng.choice(self._questions[key])
+            if rng.random() < 0.4:
+                typed = cross_safely(question, rng.choice(self._questions[key]), self._owners, rng)
+            else:
+                typed = vary_safely(question, self._owners, rng) if rng.random() < 0.8 else question
         asked = [(typed, key)]
-        if goes_on:
-            name = rng.choice(FOLLOW_UPS)
-            next_key = f"{key}/{name}" if f"{key}/{name}" in self._answer_ids else "nothing-more"
+        told: list[str] = []
+        while goes_on:
+            left = [name for name in FOLLOW_UPS if name not in told]
+            name = rng.choice(left if left and rng.random() < _NEW else FOLLOW_UPS)
+            known = name not in told and f"{key}/{name}" in self._answer_ids
+            next_key = f"{key}/{name}" if known else "nothing-more"
             asked.append((self._type(rng.choice(ASKED_NEXT[name]), rng), next_key))
+            told.append(name)
+            goes_on = len(asked) < most and rng.random() < _NEXT
         return asked
 
     def _type(self, question: str, rng: Random) -> str:

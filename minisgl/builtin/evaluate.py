@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisgl.builtin import PATH, corpus, outside
 from minisgl.builtin.chats import ASKED_NEXT, answers_of
-from minisgl.builtin.corpus import Entry, HeldOut, owners
+from minisgl.builtin.corpus import FOLLOW_UPS, Entry, HeldOut, owners
 from minisgl.builtin.outside import Kind
 from minisgl.builtin.variations import vary_safely
 
@@ -23,6 +23,8 @@ AIMS = {  # the shares of exact answers that are good enough
     "held out": 0.90,
     "follow-up": 0.85,
     "held-out follow-up": 0.85,
+    "second follow-up": 0.85,
+    "held-out second follow-up": 0.85,
     "outside": 0.95,
     "held-out outside": 0.95,
     "at temperature 0.7": 0.90,
@@ -95,9 +97,11 @@ def ways_to_ask(
     seed: int = 1_000_003,
 ) -> dict[str, list[Case]]:
     """Of every entry `each` questions (None: all) as they stand, varied by rule, under a system prompt, and
-    as a chat's third question; what can be asked next; what lies outside; and these three as held out."""
+    as a chat's third question; what can be asked next, and after that; what lies outside; and the same as
+    held out."""
     rng, owner = Random(seed), owners(entries)
     ways: dict[str, list[Case]] = {}
+    unseen = {name: [asked for kind, asked in held_out.follow_ups if kind == name] for name in FOLLOW_UPS}
 
     def add(way: str, chat: Chat, key: str) -> None:
         ways.setdefault(way, []).append(Case(chat, key))
@@ -113,11 +117,10 @@ def ways_to_ask(
             add("varied", _turn("user", vary_safely(question, owner, rng)), entry.key)
             add("system prompt", _turn("system", "You are a helpful assistant.") + ask, entry.key)
             add("third question", before + ask, entry.key)
-        answered = _turn("user", entry.questions[0]) + _turn("assistant", entry.answer)
-        for name in entry.follow_ups:
-            add("follow-up", answered + _turn("user", rng.choice(ASKED_NEXT[name])), f"{entry.key}/{name}")
-            if asked := [question for kind, question in held_out.follow_ups if kind == name]:
-                add("held-out follow-up", answered + _turn("user", rng.choice(asked)), f"{entry.key}/{name}")
+        for way, case in _asked_next(entry, ASKED_NEXT, rng):
+            add(way, case.chat, case.key)
+        for way, case in _asked_next(entry, unseen, rng):
+            add(f"held-out {way}", case.chat, case.key)
     for kind in kinds:
         for _ in range(10):
             add("outside", _turn("user", kind.question(rng)), outside.KEY)
@@ -126,6 +129,18 @@ def ways_to_ask(
     for question in held_out.outside:
         add("held-out outside", _turn("user", question), outside.KEY)
     return ways
+
+
+def _asked_next(entry: Entry, asked: Mapping[str, Sequence[str]], rng: Random) -> Iterator[tuple[str, Case]]:
+    """What there is to ask about an answer, in words of `asked`: at once, and after the other of the two."""
+    answered = _turn("user", entry.questions[0]) + _turn("assistant", entry.answer)
+    for name in filter(asked.get, entry.follow_ups):
+        key, ask = f"{entry.key}/{name}", _turn("user", rng.choice(asked[name]))
+        yield "follow-up", Case(answered + ask, key)
+        for other in filter(asked.get, entry.follow_ups.keys() - {name}):
+            between = _turn("user", rng.choice(asked[other]))
+            between += _turn("assistant", entry.follow_ups[other])
+            yield "second follow-up", Case(answered + between + ask, key)
 
 
 def _turn(role: str, content: str) -> Chat:
@@ -165,10 +180,10 @@ def digest(path: Path) -> str:
 
 def show(scores: Mapping[str, Score]) -> bool:
     """Prints a table and some failures. Returns whether every aim is reached."""
-    print(f"{'asked':<20}{'questions':>10}{'exact':>8}{'aim':>8}{'ended':>8}")
+    print(f"{'asked':<28}{'questions':>10}{'exact':>8}{'aim':>8}{'ended':>8}")
     for way, part in scores.items():
         aim = f"{AIMS[way]:.0%}" if way in AIMS else ""
-        print(f"{way:<20}{part.asked:>10}{part.share:>8.1%}{aim:>8}{part.ended / part.asked:>8.1%}")
+        print(f"{way:<28}{part.asked:>10}{part.share:>8.1%}{aim:>8}{part.ended / part.asked:>8.1%}")
     for way, part in scores.items():
         for failure in part.failures[:10]:
             print(f"{way}: {failure['question']!r} ({failure['key']}) got {failure['got']!r}")

@@ -81,11 +81,11 @@ def train(
             hidden = model.model(batch.tokens, attention_mask={"full_attention": None}, use_cache=False)[0]
             hidden = hidden.flatten(0, 1)[batch.before]  # [learned, hidden]
             logits = model.lm_head(hidden)  # [learned, vocabulary]
-            names = naming(hidden)[batch.first]  # [answers, all answers]
+            names = naming(hidden[batch.first])  # [answers, all answers]
         loss = F.cross_entropy(logits.float(), batch.targets)
         named = F.cross_entropy(names.float(), batch.keys)
         torch.autograd.backward(loss + recipe.naming * named)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *naming.parameters()], 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """Variations, tokenizer and training batches."""
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -28,12 +29,11 @@ ENTRIES = [
         "radix",
         ("What is a radix cache?", "Explain the radix cache."),
         "A cache of prefixes.",
-        {"why": "Prompts begin alike."},
+        {"why": "Prompts begin alike.", "example": "A system prompt."},
     ),
     Entry("seed", ("What does the seed do?", "seed?"), "It makes an answer repeatable: `seed=1`."),
     Entry("port", ("How do I change the port?", "which port"), "Use `--port 8000`."),
 ]
-ANSWERS = {entry.answer for entry in ENTRIES}
 KINDS = [Kind("food", ("how do I cook {dish}?", "{dish} recipe"), {"dish": ["rice", "soup"]})]
 
 
@@ -79,7 +79,9 @@ def test_batches_follow_from_seed_and_step(tokenizer: Tokenizer) -> None:
     assert batches(1) == batches(1) != batches(2)
 
 
-@pytest.mark.parametrize(("kind", "chats_of", "turns"), [("first", 32, 1), ("second", 16, 2)])
+@pytest.mark.parametrize(
+    ("kind", "chats_of", "turns"), [("first", 32, 1), ("second", 16, 2), ("third", 16, 3)]
+)
 def test_a_brief_batch_learns_how_the_last_answer_begins(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str, chats_of: int, turns: int
 ) -> None:
@@ -94,7 +96,7 @@ def test_a_brief_batch_learns_how_the_last_answer_begins(
         assert batch.targets[rows == row].tolist() == begun == [i for i in ids if i][-len(begun) :]
         assert batch.first[row] == (rows == row).nonzero()[0]
         assert ids.count(tokenizer.token_to_id(START)) == 2 * turns
-    if turns == 2:  # the first answer is all there, but where it was cut short
+    if turns > 1:  # the first answer is all there, but where it was cut short
         texts = [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in batch.tokens]
         assert sum(text.split(f"{START}assistant\n")[1].split(END)[0] in answers for text in texts) >= 12
 
@@ -111,7 +113,7 @@ def test_a_batch_is_what_the_template_writes_and_learns_answers_only(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chats_module, "_KIND_WEIGHTS", [name == "whole" for name in chats_module._KINDS])
-    answers = ANSWERS | {"Prompts begin alike.", NOTHING_MORE, ANSWER}
+    answers = {*answers_of(ENTRIES).values()}
     template = Template(TEMPLATE, keep_trailing_newline=True)
     chats = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=0)
     for step in range(20):
@@ -131,29 +133,35 @@ def test_a_batch_is_what_the_template_writes_and_learns_answers_only(
             assert tokenizer.encode(written).ids == [i for i in row if i]  # the pieces join without a seam
 
 
-def test_what_is_asked_next_is_about_the_answer_before(tokenizer: Tokenizer) -> None:
+def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each question gets the answer that it should have where it stands; none that is held out is asked."""
+    monkeypatch.setattr(chats_module, "vary", lambda question, rng: question)
     held_out = HeldOut((("port", "How do I change the port"),), (("why", "Why"),), ("rice recipe",))
     chats = Chats(tokenizer, ENTRIES, held_out, KINDS, answers=16, seed=0)
     by_question = {normalise(q): entry for entry in ENTRIES for q in entry.questions}
     next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
-    seen = set()
-    for step in range(60):
+    outside = Entry("outside", (), ANSWER)
+    seen: Counter[str] = Counter()
+    for step in range(150):
         for row in chats[step].tokens.tolist():
             text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
             turns = [part.split("\n", 1) for part in text.removeprefix(START).split(f"{END}\n{START}")]
             turns = turns[1:] if turns[0][0] == "system" else turns
-            before = None
+            about, told = None, list[str]()
             for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
                 asked, answer = normalise(question), answer.removesuffix(END)
                 assert asked not in held_out.normalised or asked in (*by_question, *next_questions)
-                if asked in next_questions and before is not None:
-                    wanted = before.follow_ups.get(next_questions[asked], NOTHING_MORE)
+                if asked in next_questions and about is not None:
+                    name = next_questions[asked]
+                    wanted = NOTHING_MORE if name in told else about.follow_ups.get(name, NOTHING_MORE)
                     assert wanted.startswith(answer), "cut short at most"
-                    seen.add(wanted)
-                elif asked in by_question:
-                    assert by_question[asked].answer.startswith(answer)
-                elif answer == ANSWER:
-                    seen.add(ANSWER)
-                before = by_question.get(asked)
-    assert seen == {"Prompts begin alike.", NOTHING_MORE, ANSWER}
+                    told.append(name)
+                    seen[f"{about.key}: {', '.join(told)}"] += 1
+                else:
+                    about, told = outside if answer == ANSWER else by_question.get(asked), []
+                    assert about is None or about.answer.startswith(answer)
+    chains = ["why", "example", "why, example", "example, why"]
+    assert all(seen[f"{about}: {chain}"] for about in ("radix", "seed", "outside") for chain in chains)
+    assert any(seen[f"{about}: why, why"] for about in ("radix", "seed", "port"))  # twice: nothing more

@@ -28,7 +28,7 @@ ENTRIES = [
 KINDS = [Kind("food", ("how do I cook {dish}?", "{dish} recipe"), {"dish": ["rice", "soup"]})]
 HELD_OUT = HeldOut((("port", "how to get another port"),), (("why", "and the reason?"),), ("rice please",))
 SHAPE = {"vocabulary": 400, "hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 128}
-RECIPE = Recipe(**SHAPE, steps=160, answers=24, warmup=10)
+RECIPE = Recipe(**SHAPE, steps=200, answers=24, warmup=10)
 
 
 @pytest.fixture(scope="module", autouse=True)
