@@ -35,7 +35,7 @@ _SYSTEM_PROMPTS = (
 _ASKED_NEXT_FILE = Path(__file__).with_name("asked_next.toml")
 ASKED_NEXT: dict[str, list[str]] = tomllib.loads(_ASKED_NEXT_FILE.read_text("utf-8"))
 NOTHING_MORE = (
-    "That is all I know about it. Ask me about something else in LLM serving or in Mini-SGLang, "
+    "That is all I know. Ask me about something else in LLM serving or in Mini-SGLang, "
     "or look into the lessons: they go deeper than I can."
 )
 _OUTSIDE = 0.25  # share of the questions that do not follow from an answer
@@ -46,6 +46,7 @@ _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats ar
 _KINDS = ("first", "second", "third", "whole")
 _KIND_WEIGHTS, _BEGINNING = (8, 3, 2, 7), 12  # how often; tokens
 _NEXT, _NEW = 0.5, 0.8  # how often something is asked next, and then something that was not asked before
+_BARE = 0.01  # share of chats that begin with "why?", about nothing
 
 
 class Batch(NamedTuple):
@@ -148,6 +149,8 @@ class Chats(Dataset[Batch]):
         """Token ids of a chat, and of each answer to learn its number, where it begins and where it ends, the
         mark at its end included. With `most`, it is the last answer alone, and no more tokens of it."""
         asked: list[tuple[str, str]] = []  # as typed, and the key of the answer
+        if rng.random() < _BARE:
+            asked.append((self._ask_next(rng.choice(FOLLOW_UPS), rng), "nothing-more"))
         while len(asked) < turns:
             asked += self._ask(turns - len(asked), rng)
         prompts = [f"\n{START}user\n{question}{END}\n{START}assistant\n" for question, _ in asked]
@@ -190,10 +193,13 @@ class Chats(Dataset[Batch]):
             name = rng.choice(left if left and rng.random() < _NEW else FOLLOW_UPS)
             known = name not in told and f"{key}/{name}" in self._answer_ids
             next_key = f"{key}/{name}" if known else "nothing-more"
-            asked.append((self._type(rng.choice(ASKED_NEXT[name]), rng), next_key))
+            asked.append((self._ask_next(name, rng), next_key))
             told.append(name)
             goes_on = len(asked) < most and rng.random() < _NEXT
         return asked
+
+    def _ask_next(self, name: str, rng: Random) -> str:
+        return self._type(rng.choice(ASKED_NEXT[name]), rng)
 
     def _type(self, question: str, rng: Random) -> str:
         """Varied, but not so that it becomes a question of the corpus, or one that is held out."""

@@ -142,14 +142,15 @@ def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
     chats = Chats(tokenizer, ENTRIES, held_out, KINDS, answers=16, seed=0)
     by_question = {normalise(q): entry for entry in ENTRIES for q in entry.questions}
     next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
-    outside = Entry("outside", (), ANSWER)
+    outside, nothing = Entry("outside", (), ANSWER), Entry("nothing", (), "")
     seen: Counter[str] = Counter()
     for step in range(150):
         for row in chats[step].tokens.tolist():
             text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
             turns = [part.split("\n", 1) for part in text.removeprefix(START).split(f"{END}\n{START}")]
             turns = turns[1:] if turns[0][0] == "system" else turns
-            about, told = None, list[str]()
+            about: Entry | None = nothing
+            told: list[str] = []
             for (_, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
                 asked, answer = normalise(question), answer.removesuffix(END)
                 assert asked not in held_out.normalised or asked in (*by_question, *next_questions)
@@ -164,4 +165,5 @@ def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
                     assert about is None or about.answer.startswith(answer)
     chains = ["why", "example", "why, example", "example, why"]
     assert all(seen[f"{about}: {chain}"] for about in ("radix", "seed", "outside") for chain in chains)
+    assert seen["nothing: why"]
     assert any(seen[f"{about}: why, why"] for about in ("radix", "seed", "port"))  # twice: nothing more
