@@ -30,7 +30,7 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 768
-    steps: int = 4000
+    steps: int = 3900
     answers: int = 512  # to learn in a step; see `Chats`
     peak: float = 2e-3  # learning rate
     warmup: int = 200  # steps
