@@ -38,7 +38,7 @@ NOTHING_MORE = (
     "That is all I know. Ask me about something else in LLM serving or in Mini-SGLang, "
     "or look into the lessons: they go deeper than I can."
 )
-_OUTSIDE = 0.25  # share of the questions that do not follow from an answer
+_OUTSIDE = 0.3  # share of the questions that do not follow from an answer
 _TURNS, _TURN_WEIGHTS = (1, 2, 3, 4, 8, 16), (8, 4, 3, 2, 2, 1)  # long chats are rare, but must work
 # To find the right answer is harder to learn than to recite it. So in most batches no more of an answer is
 # learned than its beginning, which tells it from the others, and more questions are asked: a chat's first, or
@@ -47,6 +47,7 @@ _KINDS = ("first", "second", "third", "whole")
 _KIND_WEIGHTS, _BEGINNING = (8, 3, 2, 7), 12  # how often; tokens
 _NEXT, _NEW = 0.5, 0.8  # how often something is asked next, and then something that was not asked before
 _BARE = 0.01  # share of chats that begin with "why?", about nothing
+_ALIKE = 4  # batches whose chats are sorted by length together, so that each has less padding
 
 
 class Batch(NamedTuple):
@@ -99,7 +100,8 @@ class Chats(Dataset[Batch]):
 
     Batch `step` follows from the seed and `step` alone, so any number of workers makes the same batches.
     Each has about `answers` to learn, or twice as many where chats have one question and answers are cut. All
-    its chats have equally many turns, which keeps the padding small.
+    its chats have equally many turns and are of like length, which keeps the padding small: those of `_ALIKE`
+    batches are made together and sorted. Such batches do not follow each other, but each other's like.
     """
 
     def __init__(
@@ -122,12 +124,16 @@ class Chats(Dataset[Batch]):
         self._kinds = kinds
 
     def __getitem__(self, step: int) -> Batch:
-        rng = Random(f"{self._seed}/{step}")
+        period, place = divmod(step, _ALIKE**2)
+        part, group = divmod(place, _ALIKE)
+        rng = Random(f"{self._seed}/{period}/{group}")
         (kind,) = rng.choices(_KINDS, _KIND_WEIGHTS)
         most = None if kind == "whole" else _BEGINNING
         turns = rng.choices(_TURNS, _TURN_WEIGHTS)[0] if kind == "whole" else 1 + _KINDS.index(kind)
         count = {"first": 2 * self._answers, "whole": self._answers // turns}.get(kind, self._answers)
-        chats = [self._chat(turns, rng, most) for _ in range(max(1, count))]
+        together = [self._chat(turns, rng, most) for _ in range(_ALIKE * max(1, count))]
+        together.sort(key=lambda chat: len(chat[0]))
+        chats = together[len(together) * part // _ALIKE : len(together) * (part + 1) // _ALIKE]
         length = min(max(len(ids) for ids, _ in chats), CONTEXT)
         tokens = torch.zeros(len(chats), length, dtype=torch.long)  # PAD, on the right
         before: list[int] = []

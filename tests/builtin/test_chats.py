@@ -20,7 +20,7 @@ from minisgl.builtin.chats import (
     answers_of,
     train_tokenizer,
 )
-from minisgl.builtin.corpus import Entry, HeldOut, normalise, owners
+from minisgl.builtin.corpus import FOLLOW_UPS, Entry, HeldOut, normalise, owners
 from minisgl.builtin.outside import ANSWER, Kind
 from minisgl.builtin.variations import vary, vary_safely
 
@@ -77,6 +77,10 @@ def test_batches_follow_from_seed_and_step(tokenizer: Tokenizer) -> None:
         return [chats[step].tokens.tolist() for step in range(5)]
 
     assert batches(1) == batches(1) != batches(2)
+    alike = Chats(tokenizer, ENTRIES, HeldOut(), KINDS, answers=16, seed=1)
+    lengths = [alike[step].tokens.shape[1] for step in (1, 5, 9, 13)]  # made together and sorted
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[3]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
     next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
     outside, nothing = Entry("outside", (), ANSWER), Entry("nothing", (), "")
     seen: Counter[str] = Counter()
-    for step in range(150):
+    for step in range(160):
         for row in chats[step].tokens.tolist():
             text = tokenizer.decode(row, skip_special_tokens=False).replace("<|endoftext|>", "")
             turns = [part.split("\n", 1) for part in text.removeprefix(START).split(f"{END}\n{START}")]
@@ -166,4 +170,4 @@ def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
     chains = ["why", "example", "why, example", "example, why"]
     assert all(seen[f"{about}: {chain}"] for about in ("radix", "seed", "outside") for chain in chains)
     assert seen["nothing: why"]
-    assert any(seen[f"{about}: why, why"] for about in ("radix", "seed", "port"))  # twice: nothing more
+    assert any(seen[f"radix: {name}, {name}"] for name in FOLLOW_UPS)  # the second time nothing more
