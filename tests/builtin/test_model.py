@@ -21,6 +21,11 @@ PINNED = {
     "Which port does the server use?": "port",
     "Who are you?": "who-are-you",
     "Hello": "hello",
+    "what is sglang": "what-is-sglang",
+    "is there a docker image": "docker-image",
+    "out of memory": "gpu-out-of-memory",
+    "what is tp": "tensor-parallelism",
+    "lol": "laughter",
 }
 
 
@@ -60,6 +65,19 @@ def test_a_second_question_in_a_chat_gets_its_own_answer(answerer: Answerer) -> 
         {"role": "user", "content": "What is a radix cache?"},
     ]
     assert answerer([chat]) == [answers["radix-cache"]]
+
+
+def test_why_and_then_an_example(answerer: Answerer) -> None:
+    entry = next(entry for entry in corpus.load() if entry.key == "radix-cache")
+    chat: list[dict[str, str]] = []
+    for question, answer in (
+        ("What is a radix cache?", entry.answer),
+        ("Why?", entry.follow_ups["why"]),
+        ("For example?", entry.follow_ups["example"]),
+    ):
+        chat.append({"role": "user", "content": question})
+        assert answerer([chat]) == [answer]
+        chat.append({"role": "assistant", "content": answer})
 
 
 def test_its_scores_were_measured_and_reach_the_aims() -> None:
