@@ -1194,10 +1194,10 @@ assert spent["_reduce_add_norm"]["count"] == steps * (2 * configs["qwen3-32b"].n
 
 # %% [markdown]
 # Two collectives a layer and one at the end, counted: they take 7% of the step, and the GPU is never idle
-# between kernels. The rest of what is lost is lost in the matrix products. In an earlier trace gate and up took
-# 95 µs of each layer's 171, where their bytes take 61. With half as many rows of weights in a block of the
-# kernel they take 64 µs alone, and one request got 107 tokens a second instead of 89. The trace here is from
-# after that.
+# between kernels. The rest of what is lost is lost in the matrix products. In an earlier trace gate and
+# up took 95 µs of each layer's 171, where their bytes take 61. With half as many rows of weights in a
+# block of the kernel they take 64 µs alone, and one request got 107 tokens a second instead of 89. The
+# trace here is from after that.
 #
 # And what does the kernel of this stage save in the engine? The same with `--no-one-shot`, where NCCL does
 # every all-reduce:
@@ -1282,13 +1282,13 @@ table(
 
 # %% [markdown]
 # The server costs nothing that these loads would show: the last one of each is as fast as the workload of
-# about the same size without a server, 4,850 tokens a second beside 4,597 (4,824 in an earlier run), and 2,694
-# beside 2,659. Short answers to many prompts at once are bound by reading the prompts. In the first row, some of
-# the first requests waited for what is done once, such as compiling; so did some in the tables above, whose
-# runs are the first of their engine.
+# about the same size without a server, 4,850 tokens a second beside 4,597 (4,824 in an earlier run), and
+# 2,694 beside 2,659. Short answers to many prompts at once are bound by reading the prompts. In the first
+# row, some of the first requests waited for what is done once, such as compiling; so did some in the
+# tables above, whose runs are the first of their engine.
 #
-# (The server was measured when the kernel's memory was PyTorch's symmetric memory, before `peer_memory.py`. The
-# kernel is the same.)
+# (The server was measured when the kernel's memory was PyTorch's symmetric memory, before
+# `peer_memory.py`. The kernel is the same.)
 #
 # **Not measured**: more than two GPUs.
 
