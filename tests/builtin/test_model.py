@@ -21,6 +21,7 @@ PINNED = {
     "Which port does the server use?": "port",
     "Who are you?": "who-are-you",
     "Hello": "hello",
+    "hi": "hello",
     "what is sglang": "what-is-sglang",
     "is there a docker image": "docker-image",
     "out of memory": "gpu-out-of-memory",
