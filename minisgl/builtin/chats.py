@@ -96,12 +96,12 @@ def answers_of(entries: Sequence[Entry]) -> dict[str, str]:
 
 class Chats(Dataset[Batch]):
     """Conversations of questions and answers, varied anew in every batch. Most questions are independent;
-    some ask about the answer before, and some lie outside what there is to know.
+    some ask about an answer before, and some lie outside what there is to know.
 
     Batch `step` follows from the seed and `step` alone, so any number of workers makes the same batches.
     Each has about `answers` to learn, or twice as many where chats have one question and answers are cut. All
-    its chats have equally many turns and are of like length, which keeps the padding small: those of `_ALIKE`
-    batches are made together and sorted. Such batches do not follow each other, but each other's like.
+    its chats have equally many turns and are of like length, which keeps the padding small: the chats of
+    `_ALIKE` batches are made together, sorted, and dealt out in steps that are `_ALIKE` apart.
     """
 
     def __init__(

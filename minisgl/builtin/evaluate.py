@@ -97,8 +97,8 @@ def ways_to_ask(
     seed: int = 1_000_003,
 ) -> dict[str, list[Case]]:
     """Of every entry `each` questions (None: all) as they stand, varied by rule, under a system prompt, and
-    as a chat's third question; what can be asked next, and after that; what lies outside; and the same as
-    held out."""
+    as a chat's third question; why and an example, at once and after each other; what lies outside; and
+    questions, why and example, and what lies outside in words that are held out."""
     rng, owner = Random(seed), owners(entries)
     ways: dict[str, list[Case]] = {}
     unseen = {name: [asked for kind, asked in held_out.follow_ups if kind == name] for name in FOLLOW_UPS}
@@ -117,10 +117,10 @@ def ways_to_ask(
             add("varied", _turn("user", vary_safely(question, owner, rng)), entry.key)
             add("system prompt", _turn("system", "You are a helpful assistant.") + ask, entry.key)
             add("third question", before + ask, entry.key)
-        for way, case in _asked_next(entry, ASKED_NEXT, rng):
-            add(way, case.chat, case.key)
-        for way, case in _asked_next(entry, unseen, rng):
-            add(f"held-out {way}", case.chat, case.key)
+        for way, chat, key in _asked_next(entry, ASKED_NEXT, rng):
+            add(way, chat, key)
+        for way, chat, key in _asked_next(entry, unseen, rng):
+            add(f"held-out {way}", chat, key)
     for kind in kinds:
         for _ in range(10):
             add("outside", _turn("user", kind.question(rng)), outside.KEY)
@@ -131,16 +131,19 @@ def ways_to_ask(
     return ways
 
 
-def _asked_next(entry: Entry, asked: Mapping[str, Sequence[str]], rng: Random) -> Iterator[tuple[str, Case]]:
-    """What there is to ask about an answer, in words of `asked`: at once, and after the other of the two."""
+def _asked_next(
+    entry: Entry, asked: Mapping[str, Sequence[str]], rng: Random
+) -> Iterator[tuple[str, Chat, str]]:
+    """Why and an example of an answer, in words of `asked`, at once and after the other of the two: the way,
+    the chat and the key of what should come."""
     answered = _turn("user", entry.questions[0]) + _turn("assistant", entry.answer)
     for name in filter(asked.get, entry.follow_ups):
         key, ask = f"{entry.key}/{name}", _turn("user", rng.choice(asked[name]))
-        yield "follow-up", Case(answered + ask, key)
+        yield "follow-up", answered + ask, key
         for other in filter(asked.get, entry.follow_ups.keys() - {name}):
             between = _turn("user", rng.choice(asked[other]))
             between += _turn("assistant", entry.follow_ups[other])
-            yield "second follow-up", Case(answered + between + ask, key)
+            yield "second follow-up", answered + between + ask, key
 
 
 def _turn(role: str, content: str) -> Chat:
