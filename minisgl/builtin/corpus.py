@@ -26,7 +26,7 @@ class Entry:
 
 def normalise(question: str) -> str:
     """A question without case and punctuation: two that agree in this are the same."""
-    return " ".join(re.findall(r"[a-z0-9]+", question.lower()))
+    return " ".join(re.findall(r"[^\W_]+", question.lower()))
 
 
 def owners(entries: Sequence[Entry]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from minisgl.builtin import PATH, corpus, evaluate, outside
 from minisgl.builtin.chats import CONTEXT, END, PAD, TEMPLATE, Batch, Chats, answers_of, train_tokenizer
 from minisgl.builtin.corpus import Entry, HeldOut
+from minisgl.builtin.muon import Muon
 from minisgl.builtin.outside import Kind
 
 
@@ -30,8 +31,8 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     intermediate: int = 768
-    steps: int = 3900
-    answers: int = 512  # to learn in a step; see `Chats`
+    steps: int = 5400
+    answers: int = 1024  # to learn in a step; see `Chats`
     peak: float = 2e-3  # learning rate
     warmup: int = 200  # steps
     naming: float = 0.5  # weight of the loss of naming the answer, see `train`
@@ -123,14 +124,14 @@ def _model(recipe: Recipe, tokenizer: Tokenizer) -> Qwen3ForCausalLM:
 def _optimizers(
     model: Qwen3ForCausalLM, naming: torch.nn.Linear
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest, each with its share of the
-    learning rate. With Muon the answers to questions never seen are right far sooner."""
+    """Muon for the layers' matrices, AdamW for the rest, each with its share of the learning rate. With Muon
+    the answers to questions never seen are right far sooner."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     decayed = [model.model.embed_tokens.weight, naming.weight]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     return [
-        (torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), 2.0),
+        (Muon(matrices, weight_decay=0.1), 2.0),
         (torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True), 1.0),
     ]
 
@@ -169,6 +170,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
     torch.backends.cuda.enable_cudnn_sdp(False)  # their backward passes are not deterministic
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     recipe = Recipe(steps=args.steps, answers=args.answers, seed=args.seed)

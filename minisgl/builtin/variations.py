@@ -49,7 +49,7 @@ _ASKING = (
 _ORDERING = ("please ", "can you ", "could you ", "could you please ", "would you ", "pls ")
 _ENDINGS = (" please", ", please?", " thanks", ", thanks!", " thank you", " pls?", " in short", " briefly")
 _MARKS = ("", "", "", "?", "?", ".", "!", "??", " ?", "...", "?!")
-_CASES = (*4 * (str.lower,), *3 * (str.capitalize,), str.upper, str.title)
+_CASES = (*6 * (str.lower,), *3 * (str.capitalize,), str.upper, str.title)
 # fmt: on
 _QUESTION = re.compile(r"(what|why|how|which|where|when|who)\b", re.IGNORECASE)
 _ORDER = re.compile(r"(explain|tell|give|list|show|compare|describe|define|serve|run|start)\b", re.IGNORECASE)
@@ -151,5 +151,5 @@ def _mistype(text: str, rng: Random) -> str:
 
 _STEPS: tuple[tuple[Callable[[str, Random], str], float], ...] = (
     *((_rewrite, 0.3), (_reword, 0.12), (_shorten, 0.15), (_forget, 0.15), (_be_polite, 0.25)),
-    *((_punctuate, 0.4), (_recase, 0.35), (_mistype, 0.15), (_mistype, 0.05)),
+    *((_punctuate, 0.4), (_recase, 0.45), (_mistype, 0.15), (_mistype, 0.05)),
 )

@@ -143,7 +143,7 @@ def test_what_is_asked_next_is_about_the_last_answer_to_something_else(
     """Each question gets the answer that it should have where it stands; none that is held out is asked."""
     monkeypatch.setattr(chats_module, "vary", lambda question, rng: question)
     held_out = HeldOut((("port", "How do I change the port"),), (("why", "Why"),), ("rice recipe",))
-    chats = Chats(tokenizer, ENTRIES, held_out, KINDS, answers=16, seed=0)
+    chats = Chats(tokenizer, ENTRIES, held_out, KINDS, answers=64, seed=0)
     by_question = {normalise(q): entry for entry in ENTRIES for q in entry.questions}
     next_questions = {normalise(q): name for name, asked in ASKED_NEXT.items() for q in asked}
     outside, nothing = Entry("outside", (), ANSWER), Entry("nothing", (), "")
