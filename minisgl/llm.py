@@ -1,7 +1,10 @@
 """`LLM`: many prompts in, many answers out, in this process, without a server."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +12,7 @@ from tqdm import tqdm
 
 from minisgl import builtin
 from stages import LATEST, load_stage
-from stages.interface import FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from stages.interface import EngineFailed, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
 from stages.stage1_naive.config import find_model
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
@@ -46,6 +49,7 @@ class LLM:
         except TypeError as error:
             raise ValueError(f"stage {stage} does not know this option: {error}") from error
         self._engine = engine.build(config)
+        self._failure: Exception | None = None  # of a step: pages that it left in the cache may be empty
 
     def generate(
         self,
@@ -60,7 +64,10 @@ class LLM:
         Raises:
             ValueError: a prompt cannot be served, or `params` are not as many as `prompts`; nothing was
                 generated then.
+            EngineFailed: the engine failed, now or before.
         """
+        if self._failure is not None:
+            raise EngineFailed(f"a step failed before ({self._failure!r}): make a new LLM") from self._failure
         prompts = [prompts] if isinstance(prompts, str) else prompts
         params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -70,11 +77,13 @@ class LLM:
         try:
             for (name, completion), one in zip(completions.items(), each, strict=True):
                 seed = secrets.randbits(63) if one.seed is None else one.seed
-                self._engine.add(Request(name, completion.prompt_token_ids, one, seed))
+                with _uninterrupted():
+                    self._engine.add(Request(name, completion.prompt_token_ids, one, seed))
             self._run(completions, progress)
         finally:  # refused or interrupted: leave an idle engine behind
-            for name in completions:
-                self._engine.abort(name)
+            with _uninterrupted():
+                for name in completions:
+                    self._engine.abort(name)
         return list(completions.values())
 
     def close(self) -> None:
@@ -94,7 +103,7 @@ class LLM:
         with tqdm(total=len(completions), unit="prompt", disable=not progress) as bar:
             tokens = 0
             while self._engine.has_work:
-                for output in self._engine.step():
+                for output in self._step():
                     tokens += 1
                     self._append(completions[output.request_id], output)
                     bar.update(output.finish_reason is not None)
@@ -103,9 +112,33 @@ class LLM:
             shown = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
             completion.text = self.tokenizer.decode(shown)
 
+    def _step(self) -> list[TokenOutput]:
+        try:
+            with _uninterrupted():
+                return self._engine.step()
+        except Exception as error:
+            self._failure = error
+            raise
+
     @staticmethod
     def _append(completion: Completion, output: TokenOutput) -> None:
         completion.token_ids.append(output.token_id)
         completion.finish_reason = output.finish_reason
         if output.logprobs is not None:
             completion.logprobs.append(output.logprobs)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: an engine must not be left in the middle of a step."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+        yield
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        signal.raise_signal(signal.SIGINT)

@@ -1,11 +1,13 @@
 """`minisgl.LLM` as a script uses it."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minisgl import LLM, SamplingParams
+from stages.interface import EngineFailed, TokenOutput
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -79,3 +81,43 @@ def test_the_built_in_model_answers() -> None:
 def test_progress_is_shown_when_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["a", "b"], GREEDY)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else pages that were promised to the cache, and not yet computed, would answer the next request."""
+    prompt = "a prompt of several pages " * 8
+    before = llm.generate(prompt, GREEDY, progress=False)
+    step, begun, ended = llm._engine.step, 0, 0
+
+    def interrupted() -> list[TokenOutput]:
+        nonlocal begun, ended
+        begun += 1
+        signal.raise_signal(signal.SIGINT)
+        outputs = step()
+        ended += 1
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("another " + prompt, GREEDY, progress=False)
+    assert begun == ended == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not llm._engine.statistics.running
+    assert llm.generate(prompt, GREEDY, progress=False) == before
+
+
+def test_after_a_step_that_failed_nothing_is_generated(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(checkpoint("qwen3")))
+
+    def failing() -> list[TokenOutput]:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", failing)
+        with pytest.raises(MemoryError):
+            llm.generate("a", GREEDY, progress=False)
+    with pytest.raises(EngineFailed, match=r"a step failed before \(MemoryError.*: make a new LLM"):
+        llm.generate("a", GREEDY, progress=False)

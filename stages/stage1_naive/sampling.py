@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.interface import Request, TokenLogprobs
+from stages.interface import MAX_LOGPROBS, Request, TokenLogprobs
 
 _COLDEST = 1e-5  # a temperature below is greedy: dividing by it would overflow
 
@@ -116,7 +116,7 @@ class SamplingBatch:
             penalties=penalties,
             bias=bias,
             filters=filters,
-            top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            top_logprobs=MAX_LOGPROBS if any(p.logprobs is not None for p in params) else None,
         )
 
 

@@ -94,6 +94,8 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window)
         if not text.endswith(_REPLACEMENT):
             return self._emit(text, text)
+        if not self._tokenizer.decode(self._window[-_LONGEST_CHARACTER:]):  # no bytes came after these
+            return self._emit(text, text)
         if len(self._window) - self._clean < _LONGEST_CHARACTER:  # these bytes may become a character
             return self._emit(text, text.rstrip(_REPLACEMENT))
         return self._emit(text, text[:-1])  # all but the last will not: they are invalid, or whole

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.interface import MAX_LOGPROBS
 from stages.stage1_naive.sampling import Filters, Penalties, Sampled, SamplingBatch, count_tokens, sample
 from stages.stage2_paged.batch import Row, Sequence
 
@@ -96,7 +97,7 @@ class Sampler:
             penalties=penalties,
             bias=bias,
             filters=filters,
-            top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            top_logprobs=MAX_LOGPROBS if any(p.logprobs is not None for p in params) else None,
         )
         return SampleInputs(slots, batch)
 

@@ -34,7 +34,7 @@ def portable(request: Request) -> Request:
     """
     try:
         return msgspec.msgpack.decode(msgspec.msgpack.encode(request, enc_hook=_plain), type=Request)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RequestRefused(f"request {request.id!r} cannot be sent to the other ranks: {error}") from error
 
 

@@ -62,6 +62,7 @@ def image() -> dict[str, Any]:
         ({"logit_bias": {"320": 1}}, None),
         ({"stop_token_ids": [320]}, None),
         ({"stop_token_ids": [2**70]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [7] * 1025}, "stop_token_ids"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),

@@ -126,6 +126,14 @@ def test_tokens_without_text_change_nothing(pieces: list[str | int]) -> None:
     assert not any(HALF in part for part in parts)
 
 
+@pytest.mark.parametrize("half", [b"\xc3", "\ufffd".encode()], ids=["a lone byte", "the character itself"])
+@pytest.mark.parametrize("count", range(16))
+def test_nothing_is_lost_after_tokens_without_text(half: bytes, count: int) -> None:
+    """What may become a character is waited for, but not for ever."""
+    chunks = Chunks([b"ok ", half, *[b""] * count, b"whole", b" words"])
+    assert "".join(stream(chunks, range(len(chunks.pieces)))) == "ok \ufffdwhole words"
+
+
 @given(VALID, st.lists(st.integers(1, 6), min_size=1))
 @example("é" * 8, [1, *[2] * 7, 1])  # every token ends one character and begins the next
 @example("漢" * 8, [2, *[3] * 7, 1])

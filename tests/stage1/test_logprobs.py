@@ -51,3 +51,11 @@ def test_logprobs_nobody_asked_for() -> None:
         sample(
             torch.zeros(1, 3), SamplingBatch.of([(Request("r", [0], SamplingParams()), [])], 3, CPU)
         ).logprobs(0, 1)
+
+
+def test_ties_do_not_depend_on_the_rows_beside() -> None:
+    logits = torch.randint(0, 3, (2, 500), generator=torch.Generator().manual_seed(0)).bfloat16()
+    few, many = ((Request("r", [0], SamplingParams(logprobs=n)), []) for n in (5, 20))
+    alone = sample(logits[:1], SamplingBatch.of([few], 500, CPU)).logprobs(0, 5)
+    beside = sample(logits, SamplingBatch.of([few, many], 500, CPU)).logprobs(0, 5)
+    assert alone.top == beside.top

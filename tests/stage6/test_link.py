@@ -22,7 +22,12 @@ def test_any_sequence_of_tokens_becomes_a_list(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [Request("a", [object()], SamplingParams()), Request("\ud800", [1], SamplingParams())]
+    "request_",
+    [
+        Request("a", [object()], SamplingParams()),
+        Request("a", [2**70], SamplingParams()),
+        Request("\ud800", [1], SamplingParams()),
+    ],
 )
 def test_what_cannot_be_told_is_refused(request_: Any) -> None:
     with pytest.raises(RequestRefused, match="cannot be sent to the other ranks"):
