@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from tqdm import tqdm
 
 from minisgl import builtin
 from stages import LATEST, load_stage
 from stages.interface import EngineFailed, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
-from stages.stage1_naive.config import find_model
+from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or a chat
@@ -42,12 +42,13 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, stage: int = LATEST, **options: Any) -> None:
         path = find_model(model or str(builtin.PATH))
+        ModelConfig.load(path)  # names what is wrong with the folder
         self.tokenizer = Tokenizer(path)
         engine = load_stage(stage)
         try:
             config = engine.EngineConfig(model=str(path), **options)
         except TypeError as error:
-            raise ValueError(f"stage {stage} does not know this option: {error}") from error
+            raise ValueError(f"stage {stage} cannot have these options: {error}") from error
         self._engine = engine.build(config)
         self._failure: Exception | None = None  # of a step: pages that it left in the cache may be empty
 
@@ -69,6 +70,8 @@ class LLM:
         if self._failure is not None:
             raise EngineFailed(f"a step failed before ({self._failure!r}): make a new LLM") from self._failure
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts are a text, or a list of prompts, not {prompts!r}")
         params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
@@ -93,11 +96,17 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
-            return self.tokenizer.chat([item for item in prompt if isinstance(item, Mapping)])
-        if all(isinstance(item, int) for item in prompt):
-            return [item for item in prompt if isinstance(item, int)]
-        raise ValueError(f"a prompt is a text, a list of token ids or a list of messages, not {prompt!r}")
+        if isinstance(prompt, Sequence):
+            ids = [item for item in prompt if isinstance(item, int)]
+            messages = [item for item in prompt if _is_message(item)]
+            if len(ids) == len(prompt):
+                return ids
+            if len(messages) == len(prompt):
+                return self.tokenizer.chat(messages)
+        raise ValueError(
+            "a prompt is a text, a list of token ids or a list of messages, each with a role and a content "
+            f"in text, not {prompt!r}"
+        )
 
     def _run(self, completions: Mapping[str, Completion], progress: bool) -> None:
         with tqdm(total=len(completions), unit="prompt", disable=not progress) as bar:
@@ -126,6 +135,10 @@ class LLM:
         completion.finish_reason = output.finish_reason
         if output.logprobs is not None:
             completion.logprobs.append(output.logprobs)
+
+
+def _is_message(item: object) -> TypeGuard[Message]:
+    return isinstance(item, Mapping) and type(item.get("role")) is type(item.get("content")) is str
 
 
 @contextmanager

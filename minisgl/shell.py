@@ -14,7 +14,7 @@ from minisgl.cli import add_engine_arguments, engine_config
 from minisgl.server.text import Choice
 from stages import load_stage
 from stages.interface import Engine, EngineConfig, EngineFailed, Request, SamplingParams
-from stages.stage1_naive.config import find_model
+from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
 _HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer."
@@ -64,6 +64,7 @@ def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
         ValueError: the model cannot be served, or has no chat template.
     """
     path = find_model(config.model)
+    ModelConfig.load(path)  # names what is wrong with the folder
     tokenizer = Tokenizer(path)
     if not tokenizer.has_chat_template:
         raise ValueError(f"{config.model} has no chat template: it completes texts, but does not chat")
@@ -119,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
         chat(engine_config(args), args.stage, params)
     except (ValueError, EngineFailed) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while it loads
+        sys.exit(0)
 
 
 if __name__ == "__main__":

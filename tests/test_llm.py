@@ -63,11 +63,18 @@ def test_mistakes_are_named(llm: LLM) -> None:
         llm.generate(["a"], [], progress=False)
     with pytest.raises(ValueError, match="a prompt is a text, a list of token ids or a list of messages"):
         llm.generate([["a", "b"]], GREEDY, progress=False)  # type: ignore[list-item]
+    for wrong in (1, None, {"role": "user", "content": "a"}, [{"content": "a"}], [{"role": "user"}]):
+        with pytest.raises(ValueError, match="a prompt is a text, a list of token ids or a list of messages"):
+            llm.generate([wrong], GREEDY, progress=False)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="prompts are a text, or a list of prompts"):
+        llm.generate({"role": "user", "content": "a"}, GREEDY, progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         llm.generate([[]], GREEDY, progress=False)
     with pytest.raises(ValueError, match="no folder"):
         LLM("./nowhere")
-    with pytest.raises(ValueError, match="does not know this option"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        LLM(str(Path(__file__).parent))
+    with pytest.raises(ValueError, match="stage 6 cannot have these options"):
         LLM(wings=2)
 
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from stages.interface import EngineFailed
+
 _COMMANDS = {
     "offline": "named workloads in this process, each beside the machine's limit",
     "stages": "the same workload through every stage",
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(name, parser, rest)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EngineFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

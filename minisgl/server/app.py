@@ -1,7 +1,7 @@
 """The HTTP endpoints."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -119,15 +119,17 @@ async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, watching})  # what `work` cleans up is done on return
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 async def _on_error(http: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # no such route, or not this method
+    headers = None
+    if isinstance(error, HTTPException):  # no such route, or not this method, with those that there are
+        headers = error.headers
         error = ApiError(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
     told = as_api_error(error)
-    return _json(told.body(), told.status)
+    return _json(told.body(), told.status, headers)
 
 
 async def _on_disconnect(_: Request, error: Exception) -> Response:

@@ -84,7 +84,7 @@ def parse(raw: bytes, body_type: type[BodyT]) -> BodyT:
     """
     try:
         content = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(f"the body is not valid JSON: {error}") from error
     try:
         body = msgspec.convert(content, body_type, str_keys=True)  # as JSON's keys, token ids are strings

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 from uuid import uuid4
@@ -13,9 +13,12 @@ from minisgl.server.errors import ApiError
 from stages.interface import Request, SamplingParams
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
-MAX_CHOICES = 128
+MAX_CHOICES = 128  # of a prompt
+MAX_REQUESTS = 2048  # choices of all prompts together: one call must not fill the engine's queue
 MAX_STOPS = 4
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on until it ends
+# A template is a program: only the model's own may run here. The others are what the server itself gives.
+_FIXED_KWARGS = {"chat_template", "conversation", "messages", "tokenize", "add_generation_prompt", "self"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,14 @@ async def chat_call(body: ChatBody, tokenizer: Tokenizer, context_length: int) -
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = _sampling_params(body, logprobs, max_tokens)
+    names = {"logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    params = _sampling_params(body, logprobs, max_tokens, names)
     kwargs = body.chat_template_kwargs or {}
-    if "chat_template" in kwargs:  # a template is a program: only the model's own may run here
+    if fixed := _FIXED_KWARGS & kwargs.keys():
         raise ApiError(
-            "chat_template_kwargs: the chat_template itself is fixed", param="chat_template_kwargs"
+            f"chat_template_kwargs: {', '.join(sorted(fixed))} cannot be set", param="chat_template_kwargs"
         )
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     if not messages:
@@ -86,6 +92,11 @@ def _call(kind: str, body: Body, prompts: Sequence[tuple[list[int], SamplingPara
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > MAX_STOPS or "" in stop:
         raise ApiError(f"stop must be a text or at most {MAX_STOPS}, none of them empty", param="stop")
+    if len(prompts) * n > MAX_REQUESTS:
+        raise ApiError(
+            f"a call may ask for {MAX_REQUESTS} choices, but {len(prompts)} prompts with {n} each are more",
+            param="prompt",
+        )
     call_id = f"{kind}-{uuid4().hex}"
     requests = [
         Request(f"{call_id}-{number}-{choice}", prompt, params, _seed(params.seed, choice))
@@ -101,14 +112,19 @@ def _seed(seed: int | None, choice: int) -> int:
     return secrets.randbits(63) if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
 
 
-def _sampling_params(body: Body, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
-    """A field of one name means the same in the body and in the engine, but for the three named here."""
+def _sampling_params(
+    body: Body, logprobs: int | None, max_tokens: int | None, names: Mapping[str, str] | None = None
+) -> SamplingParams:
+    """A field of one name means the same in the body and in the engine, but for the three named here. `names`
+    are the body's where they differ, for errors."""
     values = {field.name: getattr(body, field.name) for field in fields(SamplingParams)}
     values |= {"logprobs": logprobs, "max_tokens": max_tokens, "top_k": 0 if body.top_k == -1 else body.top_k}
     try:
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
-    except ValueError as error:
-        raise ApiError(str(error), param=str(error).split()[0]) from error  # it begins with the field's name
+    except ValueError as error:  # it begins with the field's name
+        name, _, what = str(error).partition(" ")
+        name = (names or {}).get(name, name)
+        raise ApiError(f"{name} {what}", param=name) from error
 
 
 def _room(prompt: Sequence[int], params: SamplingParams, context_length: int, param: str) -> int:

@@ -60,8 +60,12 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection may linger
         listener.bind(address)
     except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
+    return OSError(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
 async def _serve(stage: int, config: EngineConfig, options: ServerOptions, listener: socket.socket) -> None:
@@ -90,6 +94,10 @@ async def _serve(stage: int, config: EngineConfig, options: ServerOptions, liste
         gc.freeze()  # the libraries' objects stay: no later collection need look at them
         # libuv accepts one connection of a socket each time round the loop, and a round takes as long as a
         # token for every open stream. With copies, requests that arrive together need few rounds.
+        try:
+            listener.listen(server.config.backlog)
+        except OSError as error:  # another server, bound as this one was, has begun to listen before it
+            raise _cannot_listen(options.host, options.port, error) from error
         listeners = [listener, *(listener.dup() for _ in range(_ACCEPTS_AT_ONCE - 1))]
         serving = asyncio.create_task(server.serve(sockets=listeners))
         while not (server.started or serving.done()):  # noqa: ASYNC110 (uvicorn offers no event)

@@ -39,7 +39,7 @@ class Place:
         """
         count = torch.cuda.device_count()
         if name not in ("auto", "cuda") or count == 0:
-            return name, False
+            return "cpu" if name == "auto" else name, False
         return f"cuda:{self.local_rank % count}", self.local_size <= count
 
 

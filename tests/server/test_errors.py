@@ -45,7 +45,7 @@ def image() -> dict[str, Any]:
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
-        ({"max_completion_tokens": -1}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"seed": 2**63}, "seed"),
@@ -65,9 +65,10 @@ def image() -> dict[str, Any]:
         ({"stop_token_ids": [7] * 1025}, "stop_token_ids"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -97,6 +98,7 @@ def test_chat_refuses(server: RunningServer, change: dict[str, Any], param: str 
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [320]}, None),
         ({"prompt": [[1], ["a"]]}, "prompt[1][0]"),
+        ({"prompt": [[5]] * 17, "n": 128}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"echo": True}, "echo"),
@@ -111,7 +113,16 @@ def test_completions_refuse(server: RunningServer, change: dict[str, Any], param
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b'{"model": }', b"\xff", b'{"model": "tiny", "prompt": "\\ud800"}', b"[" * 9999]
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"model": }',
+        b"\xff",
+        b'{"model": "\xff"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b"[" * 9999,
+    ],
 )
 def test_bad_json(server: RunningServer, body: bytes) -> None:
     status, error = post(server, "completions", body)
@@ -168,6 +179,10 @@ def test_unknown_route_and_wrong_method(server: RunningServer) -> None:
         answered, answer = server.request(method, path)
         assert answered == status
         assert path in answer["error"]["message"]
+    connection = server.connect()
+    connection.request("DELETE", "/health")
+    assert connection.getresponse().headers["Allow"] == "GET"
+    connection.close()
 
 
 def test_health(server: RunningServer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.running import RunningServer, alive, gone_within, launch
+from tests.server.running import START_S, RunningServer, alive, gone_within, launch
 
 ENDLESS: dict[str, Any] = {
     "model": "tiny",
@@ -119,6 +119,19 @@ def test_port_in_use(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         stderr = failed_start(tmp_path, "/no/model/needed", "--port", str(port))
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in stderr
+
+
+def test_a_port_that_another_takes_while_the_model_loads(tiny: Path, tmp_path: Path) -> None:
+    with socket.socket() as rival:
+        rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rival.bind(("127.0.0.1", 0))
+        port = rival.getsockname()[1]
+        with launch(tmp_path / "logs", tiny, "--port", str(port)) as server:
+            server.wait_for_child()
+            rival.listen()
+            assert server.process.wait(START_S) == 1
+            assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in server.stderr
+            assert "Traceback" not in server.stderr
 
 
 def test_bad_models(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

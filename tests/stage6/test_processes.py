@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from stages.interface import Engine, EngineFailed, Request, RequestRefused, SamplingParams
 from stages.stage6_parallel import engine as stage6
 from stages.stage6_parallel.engine import EngineConfig, build
+from stages.stage6_parallel.launcher import Place
 from tests.oracle import assert_same_outputs, run_arriving, run_engine, tokens_of
 from tests.stage2.oracle_case import oracle, settings, sharing
 
@@ -135,3 +137,12 @@ def test_a_rank_that_cannot_load(
     with pytest.raises(kind, match=message):
         make()
     assert not children()
+
+
+def test_gpus_are_dealt_out_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Place(rank=1, size=2, local_rank=1, local_size=2, host="localhost", store=dist.HashStore())
+    for gpus, device in ((0, ("cpu", False)), (1, ("cuda:0", False)), (4, ("cuda:1", True))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert second.device("auto") == device
+        assert second.device("cpu") == ("cpu", False)
+        assert second.device("cuda:3") == ("cuda:3", False)
