@@ -345,7 +345,7 @@ print(f"{len(prompt)} prompt tokens, {len(answer)} answer tokens, finish_reason 
 
 # %% [markdown]
 # The table shows the first tokens; a blank is written ␣. A model this small knows its answers by heart: it
-# decides which one to give, mostly at the first token, and recites. Large models hesitate more often, but the
+# decides which one to give within a few tokens, and recites. Large models hesitate more often, but the
 # loop around them is the same.
 #
 # A server that forwards each `TokenOutput` at once is *streaming*. The last token is the template's

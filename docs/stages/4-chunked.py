@@ -141,7 +141,7 @@ CHUNK = 120
 def step_time(readers, chunk):
     """The fastest step with so many decode rows and so many positions of a prompt."""
     engine, times = with_readers(make(max(8, readers + chunk)), readers), []
-    for i in range(6):
+    for i in range(12):
         if chunk:
             engine.add(Request("long", [i, *text[: 2 * chunk]], SamplingParams(max_tokens=1)))
         times.append(milliseconds(engine.step))
