@@ -1,6 +1,6 @@
 """Who is waiting, who runs, and what they hold: slots and pages."""
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -107,7 +107,7 @@ class RequestTable:
             self._prompt_tokens += sequence.length
             self._cached_tokens += sequence.cached_tokens
         sequence.slot = self._slots.pop()
-        _leave(self.waiting, sequence)
+        self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
         return True
 
@@ -162,7 +162,7 @@ class RequestTable:
         sequence.done = True
         del self._sequences[sequence.request.id]
         if sequence.slot is None:
-            _leave(self.waiting, sequence)
+            self.waiting.remove(sequence)
             self.blocked = False
         else:
             self._release(sequence)
@@ -178,13 +178,8 @@ class RequestTable:
         assert sequence.slot is not None, "only a running sequence holds anything"
         self._slots.append(sequence.slot)
         sequence.slot = None
-        _leave(self.running, sequence)
+        self.running.remove(sequence)
 
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
-
-
-def _leave(queue: list[Sequence], sequence: Sequence) -> None:
-    """Take `sequence` out of a list in order of arrival. It may be long, and all of it be aborted at once."""
-    del queue[bisect_left(queue, sequence.arrival, key=_arrival)]
