@@ -80,11 +80,11 @@ class LLM:
         try:
             for (name, completion), one in zip(completions.items(), each, strict=True):
                 seed = secrets.randbits(63) if one.seed is None else one.seed
-                with _uninterrupted():
+                with uninterrupted():
                     self._engine.add(Request(name, completion.prompt_token_ids, one, seed))
             self._run(completions, progress)
         finally:  # refused or interrupted: leave an idle engine behind
-            with _uninterrupted():
+            with uninterrupted():
                 for name in completions:
                     self._engine.abort(name)
         return list(completions.values())
@@ -97,11 +97,9 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence):
-            ids = [item for item in prompt if isinstance(item, int)]
-            messages = [item for item in prompt if _is_message(item)]
-            if len(ids) == len(prompt):
+            if len(ids := [item for item in prompt if isinstance(item, int)]) == len(prompt):
                 return ids
-            if len(messages) == len(prompt):
+            if len(messages := [item for item in prompt if _is_message(item)]) == len(prompt):
                 return self.tokenizer.chat(messages)
         raise ValueError(
             "a prompt is a text, a list of token ids or a list of messages, each with a role and a content "
@@ -123,7 +121,7 @@ class LLM:
 
     def _step(self) -> list[TokenOutput]:
         try:
-            with _uninterrupted():
+            with uninterrupted():
                 return self._engine.step()
         except Exception as error:
             self._failure = error
@@ -142,8 +140,9 @@ def _is_message(item: object) -> TypeGuard[Message]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: an engine must not be left in the middle of a step."""
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. An engine that was left in the middle of a step would have pages
+    in its cache that were never computed."""
     if threading.current_thread() is not threading.main_thread():  # others are not interrupted
         yield
         return

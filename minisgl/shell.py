@@ -2,15 +2,14 @@
 
 import argparse
 import secrets
-import signal
 import sys
-import threading
 from collections.abc import Generator
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import HTML
 
 from minisgl.cli import add_engine_arguments, engine_config
+from minisgl.llm import uninterrupted
 from minisgl.server.text import Choice
 from stages import load_stage
 from stages.interface import Engine, EngineConfig, EngineFailed, Request, SamplingParams
@@ -43,17 +42,21 @@ class Chat:
         prompt = self._tokenizer.chat(messages)
         seed = secrets.randbits(63) if self._params.seed is None else self._params.seed
         request = Request(secrets.token_hex(8), prompt, self._params, seed)
-        self._engine.add(request)
+        with uninterrupted():
+            self._engine.add(request)
         answer, said = Choice(0, self._tokenizer), ""
         try:
             while self._engine.has_work:
-                for output in self._engine.step():
+                with uninterrupted():
+                    outputs = self._engine.step()
+                for output in outputs:
                     answer.push(output)
-                    text = piece.text if (piece := answer.take()) else ""
-                    said += text
-                    yield text  # even an empty one: Ctrl-C is looked for after every token
+                    if piece := answer.take():
+                        said += piece.text
+                        yield piece.text
         finally:
-            self._engine.abort(request.id)
+            with uninterrupted():
+                self._engine.abort(request.id)
             self._messages = [*messages, {"role": "assistant", "content": said}]
 
 
@@ -90,20 +93,16 @@ def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
 
 
 def _answer(conversation: Chat, question: str) -> None:
-    pressed = threading.Event()  # by Ctrl-C, in place of an exception in the middle of an engine's step
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     pieces = conversation.ask(question)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-            if pressed.is_set():
-                print(" (stopped)", end="")
-                break
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
     except ValueError as error:  # the context is full, or the template refuses
         print(f"({error}; /reset begins anew)", end="")
     finally:
         pieces.close()
-        signal.signal(signal.SIGINT, before)
     print()
 
 

@@ -13,7 +13,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov's momentum and steps of AdamW's size (Liu et al. 2025).
 
     The same as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but for matrices of equal shape at
-    once: one after another, launching the products of 35 matrices took half the time of a training step.
+    once: to launch the products of 35 matrices one after another took 50 ms of a step's 97 on an H200.
     """
 
     def __init__(self, matrices: Sequence[torch.nn.Parameter], weight_decay: float) -> None:
@@ -29,8 +29,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, rate = group["params"], group["lr"]
             gradients = torch.stack([matrix.grad for matrix in matrices])  # [matrices, rows, columns]
-            momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(gradients))
-            momentum.lerp_(gradients, 1 - _MOMENTUM)
+            state = self.state[matrices[0]]  # of all that are alike
+            if not state:
+                state["momentum"] = torch.zeros_like(gradients)
+            momentum = state["momentum"].lerp_(gradients, 1 - _MOMENTUM)
             update = _orthogonalize(gradients.lerp(momentum, _MOMENTUM))
             torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
             size = 0.2 * max(matrices[0].shape) ** 0.5

@@ -69,7 +69,7 @@ async def completion_call(body: CompletionBody, tokenizer: Tokenizer, context_le
     Raises:
         ApiError: it cannot be served as it is.
     """
-    params = _sampling_params(body, body.logprobs, body.max_tokens)
+    params = _sampling_params(body, body.logprobs, body.max_tokens, {})
     prompts = []
     try:
         if any(isinstance(item, str) for item in body.prompt):  # a thread, as above; not worth one for ids
@@ -113,7 +113,7 @@ def _seed(seed: int | None, choice: int) -> int:
 
 
 def _sampling_params(
-    body: Body, logprobs: int | None, max_tokens: int | None, names: Mapping[str, str] | None = None
+    body: Body, logprobs: int | None, max_tokens: int | None, names: Mapping[str, str]
 ) -> SamplingParams:
     """A field of one name means the same in the body and in the engine, but for the three named here. `names`
     are the body's where they differ, for errors."""
@@ -123,7 +123,7 @@ def _sampling_params(
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except ValueError as error:  # it begins with the field's name
         name, _, what = str(error).partition(" ")
-        name = (names or {}).get(name, name)
+        name = names.get(name, name)
         raise ApiError(f"{name} {what}", param=name) from error
 
 

@@ -92,12 +92,12 @@ async def _serve(stage: int, config: EngineConfig, options: ServerOptions, liste
         )
         gc.collect()
         gc.freeze()  # the libraries' objects stay: no later collection need look at them
-        # libuv accepts one connection of a socket each time round the loop, and a round takes as long as a
-        # token for every open stream. With copies, requests that arrive together need few rounds.
         try:
             listener.listen(server.config.backlog)
         except OSError as error:  # another server, bound as this one was, has begun to listen before it
             raise _cannot_listen(options.host, options.port, error) from error
+        # libuv accepts one connection of a socket each time round the loop, and a round takes as long as a
+        # token for every open stream. With copies, requests that arrive together need few rounds.
         listeners = [listener, *(listener.dup() for _ in range(_ACCEPTS_AT_ONCE - 1))]
         serving = asyncio.create_task(server.serve(sockets=listeners))
         while not (server.started or serving.done()):  # noqa: ASYNC110 (uvicorn offers no event)

@@ -72,7 +72,7 @@ class SamplingBatch:
     penalties: Penalties | None = None
     bias: Tensor | None = None  # [R, V] float32
     filters: Filters | None = None
-    top_logprobs: int | None = None  # how many alternatives to report; None: no log-probabilities
+    logprobs: bool = False  # of MAX_LOGPROBS tokens a row, however few it asked for: ties depend on how many
 
     @classmethod
     def of(
@@ -116,7 +116,7 @@ class SamplingBatch:
             penalties=penalties,
             bias=bias,
             filters=filters,
-            top_logprobs=MAX_LOGPROBS if any(p.logprobs is not None for p in params) else None,
+            logprobs=any(p.logprobs is not None for p in params),
         )
 
 
@@ -156,10 +156,10 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
         scaled = batch.filters.apply(scaled)
     noisy = scaled + gumbel_noise(batch.seeds, batch.positions, logits.shape[-1], logits.dtype)
     tokens = torch.where(temperature < _COLDEST, logits, noisy).argmax(dim=-1)
-    if batch.top_logprobs is None:
+    if not batch.logprobs:
         return Sampled(tokens)
     logprobs = raw.log_softmax(dim=-1)
-    top = logprobs.topk(min(batch.top_logprobs, logits.shape[-1]), dim=-1)
+    top = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]), dim=-1)
     return Sampled(tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1), top.indices, top.values)
 
 

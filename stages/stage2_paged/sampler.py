@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.interface import MAX_LOGPROBS
 from stages.stage1_naive.sampling import Filters, Penalties, Sampled, SamplingBatch, count_tokens, sample
 from stages.stage2_paged.batch import Row, Sequence
 
@@ -97,7 +96,7 @@ class Sampler:
             penalties=penalties,
             bias=bias,
             filters=filters,
-            top_logprobs=MAX_LOGPROBS if any(p.logprobs is not None for p in params) else None,
+            logprobs=any(p.logprobs is not None for p in params),
         )
         return SampleInputs(slots, batch)
 

@@ -47,6 +47,11 @@ def test_follow_ups_are_read(tmp_path: Path) -> None:
     assert corpus.load(tmp_path)[0].follow_ups == {"why": "It begins the alphabet."}
 
 
+def test_questions_in_any_script_stay_different() -> None:
+    assert corpus.normalise("How's `--top_k`?") == corpus.normalise("how s TOP k") == "how s top k"
+    assert len(set(map(corpus.normalise, ("你好", "привет", "¿Qué?", "que", "")))) == 5
+
+
 def test_what_is_held_out_is_not_in_the_corpus() -> None:
     entries = corpus.load()
     held_out = corpus.load_held_out(entries)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from stages.interface import MAX_LOGPROBS
 from stages.stage1_naive.sampling import Sampled, SamplingBatch
 from stages.stage5_overlap.kernels.elementwise import begin
 
@@ -33,10 +34,10 @@ def sample(logits: Tensor, batch: SamplingBatch, pdl: bool = False) -> Sampled:
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     low, high = batch.seeds.to(torch.int32), (batch.seeds >> 32).to(torch.int32)
     draw(adjusted, batch.temperature, low, high, batch.positions.to(torch.int32), limits, tokens, pdl=pdl)
-    if batch.top_logprobs is None:
+    if not batch.logprobs:
         return Sampled(tokens)
     logprobs = logits.float().log_softmax(dim=-1)
-    top = logprobs.topk(min(batch.top_logprobs, logits.shape[-1]), dim=-1)
+    top = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]), dim=-1)
     return Sampled(tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1), top.indices, top.values)
 
 
