@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from traitlets.config import Config
 
 _log = logging.getLogger("mkdocs.hooks.lessons")
-_TIMEOUT = 300  # seconds a cell may take
+_TIMEOUT = 1800  # seconds a cell may take, on a busy machine
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from minisgl import builtin
@@ -42,14 +43,17 @@ def _run(args: argparse.Namespace) -> int:
     from minisgl.server.main import ServerOptions, run_server
 
     name = args.model_name or (_last_component(args.model) if args.model else builtin.NAME)
-    options = ServerOptions(args.host, args.port, name, args.log_level)
+    options = ServerOptions(
+        args.host, args.port, name, args.log_level, args.max_body_mb, args.sampling_defaults == "model"
+    )
     try:
         if os.environ.get("RANK", "0") != "0":  # under torchrun one process serves, and the others help it
             load_stage(args.stage).build(engine_config(args))
         elif args.shell:
             from minisgl.shell import chat
 
-            chat(engine_config(args), args.stage, SamplingParams(temperature=0.0))
+            given = {} if args.sampling_defaults == "model" else vars(SamplingParams())
+            chat(engine_config(args), args.stage, given)
         else:
             run_server(args.stage, engine_config(args), options)
     except (ValueError, OSError, EngineFailed) as error:
@@ -87,6 +91,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["debug", "info", "warning", "error"],
         help="debug also logs every HTTP request (default: %(default)s)",
     )
+    server.add_argument(
+        "--max-body-mb",
+        type=_size,
+        default=32,
+        metavar="INT",
+        help="refuse requests with larger bodies, in MiB (default: %(default)s)",
+    )
+    server.add_argument(
+        "--sampling-defaults",
+        default="model",
+        choices=["model", "openai"],
+        help="where temperature, top_p, top_k, min_p and repetition_penalty come from if a request leaves "
+        "them out: the model's generation_config.json, or OpenAI's defaults (default: %(default)s)",
+    )
     server.add_argument("--shell", action="store_true", help="chat in this terminal instead of serving")
     add_engine_arguments(parser, argv)
     return parser.parse_args(argv)
@@ -99,5 +117,17 @@ def _port(text: str) -> int:
     return number
 
 
+def _size(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a size is at least 1, not {number}")
+    return number
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if threading.active_count() > 1:  # one that tokenizes a long text would be waited for
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

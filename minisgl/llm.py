@@ -1,6 +1,5 @@
 """`LLM`: many prompts in, many answers out, in this process, without a server."""
 
-import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +10,15 @@ from typing import Any, TypeGuard
 from tqdm import tqdm
 
 from minisgl import builtin
+from minisgl.requests import make_request, sampling_params
 from stages import LATEST, load_stage
-from stages.interface import EngineFailed, FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
+from stages.interface import EngineFailed, FinishReason, SamplingParams, TokenLogprobs, TokenOutput
 from stages.stage1_naive.config import ModelConfig, find_model
+from stages.stage1_naive.detokenizer import Detokenizer
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, or a chat
+Params = SamplingParams | Mapping[str, Any]  # a mapping leaves the rest to the model's own defaults
 
 
 @dataclass
@@ -27,7 +29,10 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # the stop token too, if one ended it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if they were asked for
-    finish_reason: FinishReason | None = None
+    prompt_logprobs: Sequence[
+        TokenLogprobs
+    ] = ()  # of all prompt tokens but the first, if they were asked for
+    finish_reason: FinishReason | None = None  # "error": the model's logits were NaN or infinite
 
 
 class LLM:
@@ -42,7 +47,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, stage: int = LATEST, **options: Any) -> None:
         path = find_model(model or str(builtin.PATH))
-        ModelConfig.load(path)  # names what is wrong with the folder
+        self._defaults = ModelConfig.load(path).sampling_defaults  # or names what is wrong with the folder
         self.tokenizer = Tokenizer(path)
         engine = load_stage(stage)
         try:
@@ -52,15 +57,20 @@ class LLM:
         self._engine = engine.build(config)
         self._failure: Exception | None = None  # of a step: pages that it left in the cache may be empty
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How the model's generation_config.json wants it sampled: what `generate` does without `params`."""
+        return sampling_params(self._defaults, {})
+
     def generate(
         self,
         prompts: Sequence[Prompt] | str,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] | None = None,
         progress: bool = True,
     ) -> list[Completion]:
         """One completion for each prompt, in the order of the prompts.
 
-        `params` are for all prompts, or one for each; `progress` shows a bar.
+        `params` are for all prompts, or one for each; `progress` shows a bar. What a mapping such as
+        {"max_tokens": 20} leaves out is the model's default; a `SamplingParams` says everything.
 
         Raises:
             ValueError: a prompt cannot be served, or `params` are not as many as `prompts`; nothing was
@@ -72,16 +82,17 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts are a text, or a list of prompts, not {prompts!r}")
-        params = SamplingParams() if params is None else params
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        params = {} if params is None else params
+        each = [params] * len(prompts) if isinstance(params, SamplingParams | Mapping) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts were given, but params for {len(each)}")
         completions = {str(i): Completion(self._token_ids(prompt)) for i, prompt in enumerate(prompts)}
         try:
             for (name, completion), one in zip(completions.items(), each, strict=True):
-                seed = secrets.randbits(63) if one.seed is None else one.seed
+                params = one if isinstance(one, SamplingParams) else sampling_params(self._defaults, one)
+                request = make_request(name, completion.prompt_token_ids, params, self.tokenizer)
                 with uninterrupted():
-                    self._engine.add(Request(name, completion.prompt_token_ids, one, seed))
+                    self._engine.add(request)
             self._run(completions, progress)
         finally:  # refused or interrupted: leave an idle engine behind
             with uninterrupted():
@@ -117,7 +128,8 @@ class LLM:
                 bar.set_postfix(tokens=tokens, refresh=False)
         for completion in completions.values():
             shown = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-            completion.text = self.tokenizer.decode(shown)
+            text = Detokenizer(self.tokenizer, completion.prompt_token_ids)
+            completion.text = "".join(map(text.push, shown)) + text.flush()
 
     def _step(self) -> list[TokenOutput]:
         try:
@@ -129,10 +141,13 @@ class LLM:
 
     @staticmethod
     def _append(completion: Completion, output: TokenOutput) -> None:
-        completion.token_ids.append(output.token_id)
         completion.finish_reason = output.finish_reason
+        if output.finish_reason == "error":
+            return
+        completion.token_ids.append(output.token_id)
         if output.logprobs is not None:
             completion.logprobs.append(output.logprobs)
+        completion.prompt_logprobs = output.prompt_logprobs or completion.prompt_logprobs
 
 
 def _is_message(item: object) -> TypeGuard[Message]:

@@ -3,16 +3,18 @@
 import argparse
 import secrets
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import HTML
 
 from minisgl.cli import add_engine_arguments, engine_config
 from minisgl.llm import uninterrupted
+from minisgl.requests import make_request, sampling_params
 from minisgl.server.text import Choice
 from stages import load_stage
-from stages.interface import Engine, EngineConfig, EngineFailed, Request, SamplingParams
+from stages.interface import Engine, EngineConfig, EngineFailed, SamplingParams
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.tokenizer import Message, Tokenizer
 
@@ -40,11 +42,10 @@ class Chat:
         """
         messages = [*self._messages, {"role": "user", "content": question}]
         prompt = self._tokenizer.chat(messages)
-        seed = secrets.randbits(63) if self._params.seed is None else self._params.seed
-        request = Request(secrets.token_hex(8), prompt, self._params, seed)
+        request = make_request(secrets.token_hex(8), prompt, self._params, self._tokenizer)
         with uninterrupted():
             self._engine.add(request)
-        answer, said = Choice(0, self._tokenizer), ""
+        answer, said = Choice(0, request, self._tokenizer), ""
         try:
             while self._engine.has_work:
                 with uninterrupted():
@@ -60,14 +61,14 @@ class Chat:
             self._messages = [*messages, {"role": "assistant", "content": said}]
 
 
-def chat(config: EngineConfig, stage: int, params: SamplingParams) -> None:
-    """Talk until /exit.
+def chat(config: EngineConfig, stage: int, given: Mapping[str, Any]) -> None:
+    """Talk until /exit. What of `SamplingParams` is not `given` is the model's default.
 
     Raises:
         ValueError: the model cannot be served, or has no chat template.
     """
     path = find_model(config.model)
-    ModelConfig.load(path)  # names what is wrong with the folder
+    params = sampling_params(ModelConfig.load(path).sampling_defaults, given)
     tokenizer = Tokenizer(path)
     if not tokenizer.has_chat_template:
         raise ValueError(f"{config.model} has no chat template: it completes texts, but does not chat")
@@ -111,12 +112,12 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m minisgl.shell", description=f"Chat with a model. {_HELP}"
     )
     add_engine_arguments(parser, argv)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own, else 1)")
     parser.add_argument("--max-tokens", type=int, help="of one answer (default: until the context is full)")
     args = parser.parse_args(argv)
     try:
-        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-        chat(engine_config(args), args.stage, params)
+        given = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+        chat(engine_config(args), args.stage, given)
     except (ValueError, EngineFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # while it loads

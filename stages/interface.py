@@ -5,9 +5,10 @@ An engine speaks token ids only. Text lives above it, in the tokenizer and the s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 MAX_LOGPROBS = 20
 
 
@@ -15,7 +16,7 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How the next token is drawn, and when the request is over.
 
-    The logits are penalised and biased, divided by the temperature, and cut by top-k, then top-p,
+    The logits are penalised, biased and masked, divided by the temperature, and cut by top-k, then top-p,
     then min-p; the token is drawn from what is left.
 
     Raises:
@@ -24,21 +25,25 @@ class SamplingParams:
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # keep the k most probable tokens; 0 keeps all
-    top_p: float = 1.0  # keep the fewest most probable tokens that hold this much probability
+    top_p: float = 1.0  # keep the fewest most probable tokens that hold this much probability, at least one
     min_p: float = 0.0  # keep tokens at least this fraction as probable as the most probable one
     frequency_penalty: float = 0.0  # subtracted once for every time a token was generated
     presence_penalty: float = 0.0  # subtracted once from every token that was generated
     repetition_penalty: float = 1.0  # divides (or multiplies) the logit of every token in prompt or output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    allowed_token_ids: Sequence[int] | None = None  # only these may be drawn; None: all
+    bad_words_ids: Sequence[Sequence[int]] = ()  # none of these sequences may appear in the output
     logprobs: int | None = None  # None: none; n: the chosen token's, and those of the n most probable
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens
     seed: int | None = None  # for who makes the request: engines read `Request.seed` alone
     max_tokens: int | None = None  # None: until the context is full
+    min_tokens: int = 0  # no stop token, the model's own or the request's, before so many tokens
     stop_token_ids: Sequence[int] = ()  # these end the request, besides the model's own
     ignore_eos: bool = False  # the model's own stop tokens do not end the request
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -46,18 +51,24 @@ class SamplingParams:
         _whole("top_k", self.top_k, 0, 2**31 - 1)
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias of token {token}", bias, -100.0, 100.0)
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise ValueError("allowed_token_ids must be at least one token, but none was given")
+        if not all(len(word) for word in self.bad_words_ids):
+            raise ValueError("bad_words_ids must be at least one token each, but none was given")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _whole(name, count, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _whole("min_tokens", self.min_tokens, 0, 2**31 - 1)
 
-    @property
+    @cached_property  # asked at every step
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or bool(self.frequency_penalty or self.presence_penalty)
 
-    @property
+    @cached_property
     def has_filters(self) -> bool:
         return bool(self.top_k or self.min_p) or self.top_p < 1
 
@@ -68,11 +79,9 @@ def _whole(name: str, value: int, low: int, high: int) -> None:
     _within(name, value, low, high)
 
 
-def _within(name: str, value: float, low: float, high: float, open_below: bool = False) -> None:
-    above = value > low if open_below else value >= low
-    if not (above and value <= high):  # also refuses NaN
-        bounds = f"greater than {low} and at most {high}" if open_below else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, but {value} was given")
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{name} must be from {low} to {high}, but {value} was given")
 
 
 @dataclass(frozen=True)
@@ -101,13 +110,17 @@ class TokenLogprobs:
 @dataclass(frozen=True)
 class TokenOutput:
     """One new token of one request. `finish_reason` is set on a request's last one: "stop" if the
-    token is a stop token (it is counted, but not part of the text), "length" if no more may follow."""
+    token is a stop token (it is counted, but not part of the text), "length" if no more may follow, "error"
+    if none could be drawn (0 stands there): the logits were NaN or infinite, or `bad_words_ids` left nothing.
+    """
 
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0  # of the request's prompt: found in a prefix cache when it was admitted
+    # with a request's first token, if it asked: of each token of its prompt but the first
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,12 @@ class Statistics:
 
 
 class RequestRefused(ValueError):
-    """A request this engine can never serve; the message says why and what would be served."""
+    """A request this engine can never serve; the message says why and what would be served, and `param` names
+    the field of the request that is at fault, if it is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class EngineFailed(RuntimeError):

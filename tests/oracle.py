@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.interface import Engine, Request, SamplingParams, TokenOutput
+from stages.interface import Engine, Request, SamplingParams, TokenLogprobs, TokenOutput
 
 TIE = 1e-4  # logits closer than this are a tie
 MAX_TIED = 0.01  # the share of requests whose comparison may end in one
@@ -96,6 +96,9 @@ def random_request(rng: random.Random, name: str, lengths: Sequence[int], vocab_
         return value if rng.random() < 0.3 else otherwise
 
     tokens = range(vocab_size)
+    max_tokens = rng.randint(1, 24)
+    allowed = rarely(rng.sample(tokens, rng.randint(30, 40)), None)
+    words = [rng.choices(allowed or tokens, k=rng.choice([2, 2, 3])) for _ in range(80)]
     params = SamplingParams(
         temperature=rarely(0.0, rng.choice([0.5, 1.0, 2.0])),
         top_k=rarely(rng.randint(1, 50), 0),
@@ -105,8 +108,12 @@ def random_request(rng: random.Random, name: str, lengths: Sequence[int], vocab_
         presence_penalty=rarely(rng.uniform(-1, 2), 0.0),
         repetition_penalty=rarely(rng.uniform(0.7, 1.5), 1.0),
         logit_bias=rarely({rng.choice(tokens): rng.uniform(-5, 5) for _ in range(5)}, {}),
+        allowed_token_ids=allowed,
+        bad_words_ids=rarely([*words, rng.choices(tokens)], ()),
         logprobs=rarely(rng.randint(0, 5), None),
-        max_tokens=rng.randint(1, 24),
+        prompt_logprobs=rarely(rng.randint(0, 5), None),
+        max_tokens=max_tokens,
+        min_tokens=rarely(rng.randint(1, max_tokens), 0),
         stop_token_ids=rarely(rng.sample(tokens, 20), ()),
         ignore_eos=rng.random() < 0.5,
     )
@@ -119,12 +126,21 @@ def assert_same_outputs(expected: Sequence[TokenOutput], actual: Sequence[TokenO
     assert tokens_of(actual) == tokens_of(expected)
     assert [o.finish_reason for o in actual] == [o.finish_reason for o in expected]
     for ours, theirs in zip(actual, expected, strict=True):
-        assert (ours.logprobs is None) == (theirs.logprobs is None)
-        if ours.logprobs is not None and theirs.logprobs is not None:
-            assert ours.logprobs.chosen == pytest.approx(theirs.logprobs.chosen, abs=1e-9)
-            assert [token for token, _ in ours.logprobs.top] == [token for token, _ in theirs.logprobs.top]
-            values = [value for _, value in theirs.logprobs.top]
-            assert [value for _, value in ours.logprobs.top] == pytest.approx(values, abs=1e-9)
+        assert_same_logprobs([theirs.logprobs], [ours.logprobs])
+        assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        assert_same_logprobs(theirs.prompt_logprobs or (), ours.prompt_logprobs or ())
+
+
+def assert_same_logprobs(
+    expected: Sequence[TokenLogprobs | None], actual: Sequence[TokenLogprobs | None]
+) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.chosen == pytest.approx(theirs.chosen, abs=1e-9)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+            values = [value for _, value in theirs.top]
+            assert [value for _, value in ours.top] == pytest.approx(values, abs=1e-9)
 
 
 def tokens_of(outputs: Iterable[TokenOutput]) -> list[int]:

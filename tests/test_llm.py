@@ -1,5 +1,7 @@
 """`minisgl.LLM` as a script uses it."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from minisgl import LLM, SamplingParams
 from stages.interface import EngineFailed, TokenOutput
+from tests.vocabularies import KINDS, save
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -128,3 +131,43 @@ def test_after_a_step_that_failed_nothing_is_generated(
             llm.generate("a", GREEDY, progress=False)
     with pytest.raises(EngineFailed, match=r"a step failed before \(MemoryError.*: make a new LLM"):
         llm.generate("a", GREEDY, progress=False)
+
+
+def test_the_models_own_sampling_is_the_default(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "model"))
+    settings = {"eos_token_id": 256, "temperature": 0.6, "top_k": 1, "do_sample": True}
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    llm = LLM(str(copied))
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_k=1)
+    greedy = llm.generate("a", GREEDY, progress=False)[0].token_ids
+    assert llm.generate("a", {"max_tokens": 12}, progress=False)[0].token_ids == greedy
+    assert llm.generate("a", [{"max_tokens": 12, "temperature": 3.0}], progress=False)[0].token_ids == greedy
+    drawn = SamplingParams(temperature=3.0, max_tokens=12, ignore_eos=True)  # says everything: no top_k
+    assert llm.generate("a", drawn, progress=False)[0].token_ids != greedy
+    with pytest.raises(ValueError, match="max_token"):
+        llm.generate("a", {"max_token": 12}, progress=False)
+
+
+def test_the_text_goes_on_after_the_prompts(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The space of a first word is part of the answer, with tokenizers that drop a text's own first space."""
+    copied = Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "model"))
+    save(KINDS["sentencepiece"](), copied)
+    llm = LLM(str(copied))
+    word = llm.tokenizer.encode("true", add_special_tokens=False)
+    params = {"max_tokens": len(word), "allowed_token_ids": word[:1], "ignore_eos": True}
+    answer = llm.generate("Paris is", params, progress=False)[0]
+    whole = llm.tokenizer.decode([*answer.prompt_token_ids, *answer.token_ids])
+    assert whole == llm.tokenizer.decode(answer.prompt_token_ids) + answer.text
+    assert answer.text.startswith(" ")
+
+
+def test_the_tokenizers_end_ends_an_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "model"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((copied / name).read_text()) | {"eos_token_id": 300}
+        (copied / name).write_text(json.dumps(settings))
+    llm = LLM(str(copied))
+    only_the_end = {"max_tokens": 5, "allowed_token_ids": [256]}
+    assert llm.generate("a", only_the_end, progress=False)[0].finish_reason == "stop"
+    going_on = {**only_the_end, "ignore_eos": True}
+    assert llm.generate("a", going_on, progress=False)[0].finish_reason == "length"

@@ -43,10 +43,11 @@ from minisgl.builtin import PATH
 from stages.interface import Engine, EngineConfig, Request, SamplingParams, TokenOutput
 from stages.stage1_naive.attention import QKV, NaiveAttention, rope_table
 from stages.stage1_naive.config import ModelConfig
+from stages.stage1_naive.detokenizer import Detokenizer
 from stages.stage1_naive.engine import NaiveEngine, build
 from stages.stage1_naive.model import Layer, Ops, Transformer
 from stages.stage1_naive.sampling import Filters, gumbel_noise, sample
-from stages.stage1_naive.tokenizer import Detokenizer, Tokenizer
+from stages.stage1_naive.tokenizer import Tokenizer
 from stages.stage1_naive.weights import Checkpoint, load_model
 
 torch.set_num_threads(1)  # several wait for each other whenever another program takes a core
@@ -102,7 +103,7 @@ for t in prompt:
 # token can be part of a character. The `Detokenizer` holds such a part back until the rest has come:
 
 # %%
-detokenizer = Detokenizer(tokenizer)
+detokenizer = Detokenizer(tokenizer, prompt)
 [detokenizer.push(t) for t in tokenizer.encode("cache 🌳!")]
 
 # %% [markdown]

@@ -452,10 +452,12 @@ publish(
 show(Slots.upload)
 
 # %% [markdown]
-# After that the forward pass reads as it did in stage 1:
+# After that the forward pass reads as it did in stage 1, and the draw follows. They are two methods, as a
+# later stage commits the batch before between them:
 
 # %% tags=["hide-input"]
-show(ModelRunner.launch)
+show(ModelRunner.forward)
+show(ModelRunner.sample)
 
 # %% [markdown]
 # ## Attention over pages

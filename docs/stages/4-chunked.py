@@ -242,7 +242,7 @@ show(place)
 # In the runner, one index does the rest. Of all hidden states only those of rows that sample become logits:
 
 # %% tags=["hide-input"]
-show(ModelRunner.launch)
+show(ModelRunner.forward)
 
 # %% [markdown]
 # What else changes? Nothing in the model. In a matrix product, rows do not notice each other, and attention

@@ -180,6 +180,10 @@ show(OverlapEngine.step)
 # where it is to be taken from there. And that there *is* such a token, the sequence knows: its `length`
 # counts tokens that are being sampled.
 #
+# One kind of request does ask for the value: where some tokens may not be drawn, which ones can depend on
+# those before (`bad_words_ids`). Such a batch is `masked`. Its forward pass is launched as early as any, and
+# while the GPU runs it the batch before is committed; only the draw waits for that.
+#
 # Let us drive an engine by hand. Two requests, one of which ends by a stop token that nobody can foresee, and
 # a third that arrives later:
 
@@ -429,7 +433,7 @@ table(
 # This is how a batch is launched and what is packed for it:
 
 # %% tags=["hide-input"]
-show(GraphRunner.launch)
+show(GraphRunner.forward)
 show(GraphRunner._pack)
 
 # %% [markdown]

@@ -46,7 +46,9 @@ class Answerer:
         self, chats: Sequence[Chat], max_tokens: int = 160, temperature: float = 0.0
     ) -> list[str | None]:
         """The answer to each chat, greedy or sampled with a fixed seed; None where it does not end."""
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
         torch.manual_seed(0)
         answers: list[str | None] = []
         end = self._tokenizer.eos_token_id

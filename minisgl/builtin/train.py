@@ -139,7 +139,9 @@ def _optimizers(
 def _save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Weights in bfloat16, configuration, tokenizer and chat template."""
     end, pad = model.config.eos_token_id, model.config.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end, pad], pad_token_id=pad, do_sample=True, temperature=0.7
+    )
     model.to(torch.bfloat16).save_pretrained(out)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

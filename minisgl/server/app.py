@@ -1,7 +1,8 @@
 """The HTTP endpoints."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,72 +13,85 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from minisgl.server.bodies import ChatBody, CompletionBody, parse
-from minisgl.server.calls import Call, chat_call, completion_call
+from minisgl.server.bodies import MAX_MARKS, BodyReader, BodyT, ChatBody, CompletionBody
+from minisgl.server.calls import Call, Served, chat_call, completion_call
 from minisgl.server.engine_client import EngineClient, EngineDied
-from minisgl.server.errors import ApiError, as_api_error
+from minisgl.server.errors import ApiError, as_api_error, too_large
 from minisgl.server.generation import Generation
 from minisgl.server.responses import ChatFormat, CompletionFormat, Format, as_metrics
 from stages.interface import RequestRefused
-from stages.stage1_naive.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_MARKS = (b",", b"[", b"{", b'"', b"\\")
 
 
 def create_app(
-    engine: EngineClient, tokenizer: Tokenizer, model_name: str, context_length: int, created: int
+    engine: EngineClient, served: Served, created: int, max_body: int, threads: Executor
 ) -> FastAPI:
-    """The application over a loaded engine. `created` is the model's age in lists, in seconds since 1970."""
+    """The application over a loaded engine. `created` is the model's age in lists, in seconds since 1970;
+    `max_body` is in bytes; what takes as long as a request is large is done in `threads`."""
     app = FastAPI(title="Mini-SGLang", openapi_url=None)  # msgspec reads the bodies, so there is no schema
     for kind in (ApiError, RequestRefused, EngineDied, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    card = {"id": model_name, "object": "model", "created": created, "owned_by": "mini-sglang"}
+    reader = BodyReader()
+    card = {"id": served.name, "object": "model", "created": created, "owned_by": "mini-sglang"}
+
+    def readable(path: str) -> Callable[[T], T]:
+        return app.api_route(path, methods=["GET", "HEAD"])  # type: ignore[return-value]
 
     def check_model(name: str) -> None:
-        if name != model_name:
-            message = f"the model {name!r} does not exist; this server has {model_name!r}"
+        if name != served.name:
+            message = f"the model {name[:100]!r} does not exist; this server has {served.name!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
 
-    async def respond(http: Request, call: Call, form: Format) -> Response:
-        generation = Generation(call, form, engine, tokenizer)
-        if not call.body.stream:
-            async with aclosing(generation):
-                return _json(await _while_connected(http, generation.whole()))
-        await _while_connected(http, generation.begin())
+    async def respond(
+        http: Request, body_type: type[BodyT], as_call: Callable[[BodyT, Served], Call], form: Format
+    ) -> Response:
+        raw = await _body(http, max_body)
+
+        def prepare() -> tuple[Call, Generation]:
+            body = reader.read(raw, body_type)
+            check_model(body.model)
+            call = as_call(body, served)
+            return call, Generation(call, form, engine, served.tokenizer)
+
+        call, generation = await _while_alive(engine, threads, prepare)
+        try:
+            if not call.body.stream:
+                async with aclosing(generation):
+                    return _json(await _while_connected(http, generation.whole()))
+            await _while_connected(http, generation.begin())
+        except RequestRefused as error:
+            param = call.names.get(error.param or "", error.param)
+            raise ApiError(str(error), param=param) from error
         return _EventStream(generation)
 
-    @app.get("/health")
+    @readable("/health")
     async def health() -> Response:
-        if engine.died.done():
-            raise EngineDied(engine.died.result())
+        engine.check_alive()
         return _json({"status": "ok"})
 
-    @app.get("/metrics")
+    @readable("/metrics")
     async def metrics() -> Response:
         return Response(as_metrics(engine.statistics), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @readable("/v1/models")
     async def list_models() -> Response:
         return _json({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{name:path}")
+    @readable("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
         check_model(name)
         return _json(card)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
-        body = parse(await http.body(), ChatBody)
-        check_model(body.model)
-        return await respond(http, await chat_call(body, tokenizer, context_length), ChatFormat(tokenizer))
+        return await respond(http, ChatBody, chat_call, ChatFormat())
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        body = parse(await http.body(), CompletionBody)
-        check_model(body.model)
-        call = await completion_call(body, tokenizer, context_length)
-        return await respond(http, call, CompletionFormat(tokenizer))
+        return await respond(http, CompletionBody, completion_call, CompletionFormat())
 
     return app
 
@@ -94,6 +108,44 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._generation):
             await super().__call__(scope, receive, send)
+
+
+async def _body(http: Request, limit: int) -> bytearray:
+    """The body, read in pieces as long as it is within the limits.
+
+    Raises:
+        ApiError: it is no JSON by its type, or too large.
+    """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("", "application/json") and not kind.endswith("+json"):
+        raise ApiError(f"the content type must be application/json, not {kind[:100]!r}", status=415)
+    over = too_large(f"this server reads bodies of up to {limit} bytes (--max-body-mb)")
+    if int(http.headers.get("content-length", 0)) > limit:
+        raise over
+    body, marks = bytearray(), 0
+    async for piece in http.stream():
+        body += piece
+        marks += sum(map(piece.count, _MARKS))
+        if len(body) > limit:
+            raise over
+        if marks > MAX_MARKS:
+            raise too_large(f"its JSON has over {MAX_MARKS} commas, brackets, quotes and backslashes")
+    return body
+
+
+async def _while_alive(engine: EngineClient, threads: Executor, work: Callable[[], T]) -> T:
+    """What `work` returns, in a thread. A server that stops does not wait for it.
+
+    Raises:
+        EngineDied: the engine died first.
+    """
+    working = asyncio.get_running_loop().run_in_executor(threads, work)
+    either: list[asyncio.Future[Any]] = [working, engine.died]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        working.cancel()
+        engine.check_alive()
+    return working.result()
 
 
 async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -120,7 +172,8 @@ async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+    encoded = content if isinstance(content, bytes) else msgspec.json.encode(content)
+    return Response(encoded, status, headers, media_type="application/json")
 
 
 async def _on_error(http: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import zmq
@@ -24,7 +24,9 @@ _LAST_WORDS_S = 0.2  # a dead process's last message may still be on its way
 _PATIENCE_S = 5.0  # from SIGTERM to SIGKILL
 _TICK_S = 0.5
 # Ticks of silence from an engine process. A library that is being loaded stops all threads of a process.
-_LOADING, _SERVING = 240, 16
+_LOADING, _SERVING = 1200, 16
+_LONGEST_FOLDER = 60  # characters: a socket's path may have 103 on some systems, and the rest of it takes 30
+_SENT_AT_ONCE = 2**18  # bytes, some milliseconds of work, before others have their turn
 
 
 class EngineDied(EngineFailed):
@@ -84,7 +86,7 @@ class EngineClient:
         """
         either: list[asyncio.Future[Any]] = [self._ready, self.died]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        self._check_alive()
+        self.check_alive()
         return self._ready.result()
 
     @property
@@ -100,12 +102,16 @@ class EngineClient:
             RequestRefused: the engine can never serve one of them.
             EngineDied: the engine is dead.
         """
-        self._check_alive()
+        self.check_alive()
         mailbox = _Mailbox({request.id for request in requests})
         try:
+            sent = 0
             for request in requests:
                 self._mailboxes[request.id] = mailbox
-                self._send(Add(request))
+                sent += self._send(Add(request))
+                if sent > _SENT_AT_ONCE:
+                    sent = 0
+                    await asyncio.sleep(0)
             while mailbox.open or mailbox.tokens:
                 yield await mailbox.take()
         finally:
@@ -135,7 +141,7 @@ class EngineClient:
                     self._deliver(message.tokens)
                 case Refused():
                     if mailbox := self._mailboxes.pop(message.request_id, None):
-                        mailbox.fail(RequestRefused(message.reason))
+                        mailbox.fail(RequestRefused(message.reason, message.param))
                 case Ready():
                     self._ready.set_result(message.context_length)
                 case Died():
@@ -153,11 +159,15 @@ class EngineClient:
             mailbox.open.discard(request_id)
         return mailbox
 
-    def _send(self, message: ToEngine) -> None:
+    def _send(self, message: ToEngine) -> int:
+        """How many bytes that was."""
+        encoded = encode(message)
         with suppress(zmq.Again):  # no peer: the engine is dead, and `_watch` is about to say so
-            self._outbox.send(encode(message), zmq.NOBLOCK)
+            self._outbox.send(encoded, zmq.NOBLOCK)
+        return len(encoded)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise an EngineDied if it is not."""
         if self.died.done():
             raise EngineDied(self.died.result())
 
@@ -165,7 +175,8 @@ class EngineClient:
 @asynccontextmanager
 async def start_engine(stage: int, config: EngineConfig, log_level: str) -> AsyncIterator[EngineClient]:
     """An engine in a process of its own, which begins to load at once and has ended on leaving."""
-    with TemporaryDirectory(prefix="minisgl-") as folder, zmq.Context() as context:
+    short = None if len(gettempdir()) <= _LONGEST_FOLDER else "/tmp"
+    with TemporaryDirectory(prefix="minisgl-", dir=short) as folder, zmq.Context() as context:
         addresses = (f"ipc://{folder}/to-engine", f"ipc://{folder}/from-engine")
         with context.socket(zmq.PUSH) as outbox, zmq.asyncio.Socket(context, zmq.PULL) as inbox:
             for socket, address in zip((outbox, inbox), addresses, strict=True):

@@ -14,7 +14,7 @@ import zmq
 from minisgl.server.messages import Abort, Alive, Died, FromEngine, Outputs, Ready, Refused, ToEngine, encode
 from minisgl.server.messages import decode_to_engine as decode
 from stages import load_stage
-from stages.interface import Engine, EngineConfig, EngineFailed
+from stages.interface import Engine, EngineConfig, EngineFailed, RequestRefused
 
 _PULSE_S = 1.0
 
@@ -50,8 +50,8 @@ def _obey(message: ToEngine, engine: Engine, link: Link) -> None:
         return link.send(Outputs([], engine.statistics))
     try:
         engine.add(message.request)
-    except ValueError as error:
-        link.send(Refused(message.request.id, str(error)))
+    except RequestRefused as error:
+        link.send(Refused(message.request.id, str(error), error.param))
 
 
 def run_engine(stage: int, config: EngineConfig, addresses: tuple[str, str], log_level: str) -> None:

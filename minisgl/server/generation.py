@@ -1,5 +1,6 @@
 """One call under way: the engine's tokens become the text of its choices, whole or streamed."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
@@ -7,8 +8,8 @@ from msgspec.json import encode
 
 from minisgl.server.calls import Call
 from minisgl.server.engine_client import EngineClient
-from minisgl.server.errors import as_api_error
-from minisgl.server.responses import Format, Json, answer, frame, usage_chunk
+from minisgl.server.errors import RequestFailed, as_api_error
+from minisgl.server.responses import Format, Frame, Json, answer, opening, usage_chunk
 from minisgl.server.text import Choice
 from stages.stage1_naive.tokenizer import Tokenizer
 
@@ -20,14 +21,20 @@ class Generation:
         self._call = call
         self._form = form
         self._engine = engine
-        self._choices = [Choice(index, tokenizer, call.stop) for index in range(len(call.requests))]
-        self._frame = frame(call, form)
+        self._choices = [
+            Choice(index, request, tokenizer, call.text) for index, request in enumerate(call.requests)
+        ]
+        params = call.requests[0].params
+        self._shows_prompt = call.echo or params.prompt_logprobs is not None
+        self._is_large = params.logprobs is not None or params.prompt_logprobs is not None
         self._progress = self._run()
 
-    async def whole(self) -> Json:
+    async def whole(self) -> bytes:
         """The answer, when all its choices have finished."""
         async for _ in self._progress:
             pass
+        if self._is_large:  # log-probabilities of thousands of tokens take seconds to write
+            return await asyncio.to_thread(answer, self._call, self._form, self._choices)
         return answer(self._call, self._form, self._choices)
 
     async def begin(self) -> None:
@@ -36,11 +43,12 @@ class Generation:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events. What piles up while the client is slow leaves in one."""
+        frame = Frame(self._call, self._form)
         try:
-            yield self._events(entry for choice in self._choices for entry in self._form.opening(choice))
-            yield self._news(self._choices)
+            yield b"".join(_event(first) for first in opening(self._call, self._form, self._choices))
+            yield self._news(frame, self._choices)
             async for choices in self._progress:
-                yield self._news(choices)
+                yield self._news(frame, choices)
             if self._call.body.include_usage:
                 yield _event(usage_chunk(self._call, self._form, self._choices))
             yield b"data: [DONE]\n\n"
@@ -62,19 +70,18 @@ class Generation:
                     choice = choices[output.request_id]
                     if choice.finish_reason:
                         continue  # made before the engine heard of the stop string
-                    choice.push(output)
+                    if output.finish_reason == "error":
+                        raise RequestFailed
+                    if self._shows_prompt and not choice.completion_tokens:
+                        await asyncio.to_thread(choice.show_prompt, output.prompt_logprobs, self._call.echo)
+                    choice.end() if self._call.no_output else choice.push(output)
                     touched[choice.index] = choice
                     if choice.finish_reason and not output.finish_reason:
                         self._engine.abort(output.request_id)
                 yield touched.values()
 
-    def _news(self, choices: Iterable[Choice]) -> bytes:
-        pieces = [piece for choice in choices if (piece := choice.take())]
-        return self._events(self._form.entry(piece) for piece in pieces)
-
-    def _events(self, entries: Iterable[Json]) -> bytes:
-        before, after = self._frame
-        return b"".join([b"data: %b%b%b\n\n" % (before, encode(entry), after) for entry in entries])
+    def _news(self, frame: Frame, choices: Iterable[Choice]) -> bytes:
+        return frame.events([piece for choice in choices if (piece := choice.take())], self._choices)
 
 
 def _event(content: Json) -> bytes:

@@ -6,6 +6,9 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ import uvicorn
 import uvloop
 
 from minisgl.server.app import create_app
+from minisgl.server.calls import Served
 from minisgl.server.engine_client import EngineClient, EngineDied, start_engine
+from minisgl.server.protocol import HttpProtocol
 from stages.interface import EngineConfig
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage1_naive.tokenizer import Tokenizer
@@ -22,17 +27,21 @@ from stages.stage1_naive.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _ACCEPTS_AT_ONCE = 32
+_THREADS = 32  # many, as large texts may keep some of them busy for long, without the interpreter lock
 _GRACE_S = 3  # for clients to read the end of their answers when the server stops
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and as what to serve. `port` 0 takes a free one; `log_level` is a name of `logging`."""
+    """Where and as what to serve. `port` 0 takes a free one; `log_level` is a name of `logging`; with
+    `model_defaults` what a request leaves out is as the model's generation_config.json has it."""
 
     host: str
     port: int
     model_name: str
     log_level: str
+    max_body_mb: int = 32  # MiB
+    model_defaults: bool = True
 
 
 def run_server(stage: int, config: EngineConfig, options: ServerOptions) -> None:
@@ -46,10 +55,21 @@ def run_server(stage: int, config: EngineConfig, options: ServerOptions) -> None
     """
     with _bind(options.host, options.port) as listener:  # first: it is quick, and loading a model is not
         path = find_model(config.model)
-        ModelConfig.load(path)  # what cannot be served is refused before anything is loaded
+        model = ModelConfig.load(path)  # what cannot be served is refused before anything is loaded
+        defaults = model.sampling_defaults if options.model_defaults else {}
         config = replace(config, model=str(path))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(stage, config, options, listener))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _threads() as threads:
+            runner.run(_serve(stage, config, options, defaults, listener, threads))
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """Nobody waits for their work in the end: it may be a text that takes minutes to tokenize."""
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="calls")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -68,7 +88,14 @@ def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
     return OSError(f"cannot listen on {host} port {port}: {error.strerror}")
 
 
-async def _serve(stage: int, config: EngineConfig, options: ServerOptions, listener: socket.socket) -> None:
+async def _serve(
+    stage: int,
+    config: EngineConfig,
+    options: ServerOptions,
+    defaults: Mapping[str, float],
+    listener: socket.socket,
+    threads: Executor,
+) -> None:
     stop = asyncio.Event()
     _on_signals(stop)
     stopped = asyncio.create_task(stop.wait())
@@ -80,10 +107,12 @@ async def _serve(stage: int, config: EngineConfig, options: ServerOptions, liste
             loading.cancel()
             return
         tokenizer, context_length = loading.result()
-        app = create_app(engine, tokenizer, options.model_name, context_length, created=int(time.time()))
+        served = Served(options.model_name, tokenizer, context_length, defaults)
+        app = create_app(engine, served, int(time.time()), options.max_body_mb * 2**20, threads)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
                 log_config=None,
                 log_level=None if options.log_level == "debug" else "warning",  # a line per request only then
                 lifespan="off",

@@ -38,6 +38,7 @@ class Refused(Struct, tag=True):
 
     request_id: str
     reason: str
+    param: str | None  # the field of the request at fault
 
 
 class Alive(Struct, tag=True):

@@ -1,24 +1,37 @@
-"""What a checkpoint's `config.json` says, reduced to what the model needs. Imports no torch."""
+"""What a model folder is, and what its `config.json` means for the model. Imports no torch."""
 
-from dataclasses import dataclass
+import fnmatch
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
 import msgspec
 from huggingface_hub import snapshot_download
 
-# architecture -> (bias on q, k and v; RMSNorm on each head of q and k)
-_FAMILIES = {
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-}
+from stages.interface import SamplingParams
+from stages.stage1_naive.families import Count, Positive, Settings, convert, read_json, read_settings
+
+logger = logging.getLogger(__name__)
+
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja"]
 _NOT_NEEDED = ["consolidated*", "original/*"]  # the same weights again, in another layout
+_OTHER_FORMATS = {  # patterns of a file's name -> what the file is, and what would be right
+    "adapter_config.json": "of a LoRA adapter, which is no model: merge it into its base model and save that",
+    "*.gguf": "in the format GGUF: take the folder in Hugging Face's format that it was made from",
+    "consolidated*": "in Mistral's own layout: take the folder with config.json and model.safetensors",
+    "*.safetensors": "not read: model.safetensors is, or what model.safetensors.index.json names",
+    "*.bin* *.pt *.pth *.h5 *.msgpack": "no safetensors: load it with transformers, and save_pretrained it",
+}
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-T = TypeVar("T")
+
+def other_format(files: Iterable[Path]) -> str:
+    """The end of a sentence about a folder that is none of ours: which of `files` says what it is instead."""
+    names = sorted(file.name for file in files)
+    for patterns, text in _OTHER_FORMATS.items():
+        if found := [name for pattern in patterns.split() for name in fnmatch.filter(names, pattern)]:
+            return f"; {found[0]} is {text}"
+    return ""
 
 
 def find_model(name: str) -> Path:
@@ -27,9 +40,16 @@ def find_model(name: str) -> Path:
     Raises:
         ValueError: there is neither such a folder nor such a model on the hub.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_file():
+            raise ValueError(
+                f"{name} is a file, but a model is a folder with a config.json{other_format([path])}"
+            )
+    except (OSError, RuntimeError) as error:  # a name too long, a user who is not known here
+        raise ValueError(f"there is no folder {name}: {error}") from error
     if name.count("/") != 1 or name.startswith((".", "/", "~")):  # the hub's names are owner/model
         raise ValueError(f"there is no folder {name}, and a hub name looks like Qwen/Qwen3-0.6B")
     try:
@@ -41,48 +61,27 @@ def find_model(name: str) -> Path:
 
 
 class _Rope(msgspec.Struct):
-    """How positions turn. transformers 5 writes all of it as `rope_parameters`; before, `rope_theta` stood
-    apart, and the rest was `rope_scaling`."""
+    """How positions turn, as `rope_parameters` (or `rope_scaling`) says it."""
 
-    rope_theta: float | None = None
+    rope_theta: Positive | None = None
     rope_type: str | None = None
     type: str | None = None  # the older name of `rope_type`
-    factor: float | None = None
+    partial_rotary_factor: float | None = None
+    factor: Positive | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: Count | None = None
 
 
-class _HuggingFaceConfig(msgspec.Struct):
-    """`config.json`, the part of it that matters here."""
-
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    max_position_embeddings: Count
-    rms_norm_eps: float
-    architectures: list[str] | None = None
-    num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
-    rope_theta: float | None = None
-    rope_parameters: _Rope | None = None
-    rope_scaling: _Rope | None = None
-    tie_word_embeddings: bool | None = None
-    dtype: str | None = None
-    torch_dtype: str | None = None  # the older name of `dtype`
-    eos_token_id: int | list[int] | None = None
-    sliding_window: Count | None = None
-    use_sliding_window: bool | None = None
-    hidden_act: str = "silu"
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
-    quantization_config: Any = None
-
-
 class _GenerationConfig(msgspec.Struct):
+    """`generation_config.json`, the part of it that matters here."""
+
     eos_token_id: int | list[int] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only Transformer of the Llama, Mistral, Qwen2 or Qwen3 family."""
+    """The shape of a decoder-only Transformer of one of the FAMILIES."""
 
     vocab_size: int
     hidden_size: int
@@ -115,27 +114,28 @@ class ModelConfig:
     qk_norm: bool
     dtype: str  # what the checkpoint was written in, e.g. "bfloat16"
     eos_token_ids: tuple[int, ...]
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # as `SamplingParams` names them
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read `config.json`, and `generation_config.json` where there is one (it may name more stop tokens).
+        """Read `config.json`, and `generation_config.json` where there is one: its stop tokens are those that
+        count, and how it samples is the model's default.
 
         Raises:
             ValueError: the folder is no model, or one of a family or feature that is not supported.
         """
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not a model folder: it has no config.json")
-        raw = _read(path / "config.json", _HuggingFaceConfig)
-        family = raw.architectures[0] if raw.architectures else "model of no family (none is named)"
-        if family not in _FAMILIES:
-            raise ValueError(f"{path} is a {family}; supported are {', '.join(_FAMILIES)}")
-        _refuse_unsupported(path, raw, family)
-        eos = raw.eos_token_id
-        if (path / "generation_config.json").is_file():
-            generation = _read(path / "generation_config.json", _GenerationConfig)
-            eos = eos if generation.eos_token_id is None else generation.eos_token_id
-        qkv_bias, qk_norm = _FAMILIES[family]
-        rope = raw.rope_parameters or raw.rope_scaling or _Rope()
+        if (path / "adapter_config.json").is_file() or not (path / "config.json").is_file():
+            raise ValueError(f"{path} is not a model folder, with config.json{other_format(path.glob('*'))}")
+        family, raw = read_settings(path / "config.json")
+        if problems := list(_unsupported(raw)):
+            raise ValueError(f"{path} needs {', '.join(problems)}, which is not supported")
+        generation = _GenerationConfig()
+        if (file := path / "generation_config.json").is_file():
+            generation = convert(file, read_json(file), _GenerationConfig)
+        eos = raw.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        rope_theta, rope_scaling = _read_rope(path, raw)
         return cls(
             vocab_size=raw.vocab_size,
             hidden_size=raw.hidden_size,
@@ -144,65 +144,85 @@ class ModelConfig:
             num_heads=raw.num_attention_heads,
             num_kv_heads=raw.num_key_value_heads or raw.num_attention_heads,
             head_dim=raw.head_dim or raw.hidden_size // raw.num_attention_heads,
-            context_length=_context_length(raw, family),
+            context_length=_context_length(path, raw),
             norm_eps=raw.rms_norm_eps,
-            rope_theta=rope.rope_theta or raw.rope_theta or 10_000.0,
-            rope_scaling=_rope_scaling(path, rope),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             tied_embeddings=bool(raw.tie_word_embeddings),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
+            qkv_bias=family.qkv_bias or bool(raw.attention_bias),
+            qk_norm=family.qk_norm,
             dtype=raw.dtype or raw.torch_dtype or "bfloat16",
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            o_bias=bool(raw.attention_bias),
+            mlp_bias=bool(raw.mlp_bias),
+            sampling_defaults=_sampling_defaults(path, generation),
         )
 
 
-def _read(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{path} is JSON, but not a model's: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _refuse_unsupported(path: Path, raw: _HuggingFaceConfig, family: str) -> None:
+def _unsupported(raw: Settings) -> Iterator[str]:
     """Better no answer than a wrong one: name what this model has and the code lacks."""
-    problems = []
-    if raw.hidden_act != "silu":
-        problems.append(f"the activation {raw.hidden_act} (only silu)")
-    if raw.attention_bias and family != "Qwen2ForCausalLM":
-        problems.append("attention_bias")
-    if raw.mlp_bias:
-        problems.append("mlp_bias")
+    heads, kv_heads = raw.num_attention_heads, raw.num_key_value_heads or raw.num_attention_heads
+    head_dim = raw.head_dim or raw.hidden_size // heads
+    if raw.hidden_act not in ("silu", "swish"):
+        yield f"the activation {raw.hidden_act} (only silu)"
     if raw.quantization_config:
-        problems.append("quantized weights")
-    if raw.num_attention_heads % (raw.num_key_value_heads or raw.num_attention_heads):
-        problems.append(f"{raw.num_attention_heads} query heads on {raw.num_key_value_heads} key/value heads")
-    if problems:
-        raise ValueError(f"{path} needs {', '.join(problems)}, which is not supported")
+        yield f"weights quantized by {raw.quantization_config.get('quant_method', 'an unnamed method')}"
+    for key in ("per_layer_config", "transformers_weights", "configuration_files"):
+        if getattr(raw, key):
+            yield key
+    if heads % kv_heads:
+        yield f"{heads} query heads on {kv_heads} key/value heads"
+    if head_dim % 2 or not head_dim:
+        yield f"a head_dim of {head_dim} (only even ones)"
+    kinds, window = raw.layer_types or (), _window(raw)
+    if set(kinds) - {"full_attention", "sliding_attention"} or len(kinds) not in (0, raw.num_hidden_layers):
+        yield f"layer_types {', '.join(kinds)} (full_attention or sliding_attention, for each layer)"
+    if (window is None and "sliding_attention" in kinds) or (window is not None and window < 1):
+        yield f"sliding_attention with a sliding_window of {window}"
 
 
-def _context_length(raw: _HuggingFaceConfig, family: str) -> int:
-    """Positions the model can tell apart. Within its sliding window a model that has one attends to
+def _window(raw: Settings) -> int | None:
+    return raw.sliding_window if raw.use_sliding_window else None
+
+
+def _context_length(path: Path, raw: Settings) -> int:
+    """Positions the model can tell apart. Within its sliding window a layer that has one attends to
     everything, so a shorter context makes it exact without any code for windows."""
-    used = raw.use_sliding_window
-    if used is None:
-        used = not family.startswith("Qwen")  # what transformers takes for granted
-    window = raw.sliding_window if used else None
-    return min(raw.max_position_embeddings, window or raw.max_position_embeddings)
+    context, window = raw.max_position_embeddings, _window(raw)
+    kinds = raw.layer_types or ["sliding_attention"] * (raw.max_window_layers < raw.num_hidden_layers)
+    if window is None or window >= context or "sliding_attention" not in kinds:
+        return context
+    logger.warning("%s: the context is %d tokens, its sliding window, instead of %d", path, window, context)
+    return window
 
 
-def _rope_scaling(path: Path, rope: _Rope) -> RopeScaling | None:
+def _read_rope(path: Path, raw: Settings) -> tuple[float, RopeScaling | None]:
+    """The theta and the scaling, from wherever they are: as in `transformers`, the older `rope_scaling` comes
+    before `rope_parameters`, and a theta or factor in either before one beside it."""
+    given = raw.rope_scaling or raw.rope_parameters or {}
+    if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+        raise ValueError(f"{path} has RoPE of its own for {', '.join(nested)}; supported is one for all")
+    rope = convert(path / "config.json", given, _Rope)
+    theta = rope.rope_theta or raw.rope_theta or 10_000.0
     kind = rope.rope_type or rope.type or "default"
+    if (part := rope.partial_rotary_factor or raw.partial_rotary_factor or 1.0) != 1:
+        raise ValueError(f"{path} turns a part of each head (partial_rotary_factor {part}); supported is 1")
     if kind == "default":
-        return None
+        return theta, None
     if kind != "llama3":
         raise ValueError(f"{path} scales RoPE by {kind!r}; supported are 'default' and 'llama3'")
-    factor, original = rope.factor, rope.original_max_position_embeddings
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    if factor is None or low is None or high is None or original is None:
-        raise ValueError(
-            f"{path}: llama3's RoPE scaling needs factor, low_freq_factor, high_freq_factor and "
-            "original_max_position_embeddings"
-        )
-    return RopeScaling(factor, low, high, original)
+    factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
+    if factor is None or low is None or high is None or not 0 < low < high:
+        raise ValueError(f"{path}: llama3's RoPE needs factor, low_freq_factor, a greater high_freq_factor")
+    original = raw.original_max_position_embeddings or rope.original_max_position_embeddings
+    return theta, RopeScaling(factor, low, high, original or raw.max_position_embeddings)
+
+
+def _sampling_defaults(path: Path, generation: _GenerationConfig) -> dict[str, float]:
+    values = msgspec.structs.asdict(generation)
+    values = {key: x for key, x in values.items() if x is not None and key != "eos_token_id"}
+    try:
+        SamplingParams(**values)
+    except ValueError as error:
+        raise ValueError(f"{path / 'generation_config.json'}: {error}") from error
+    return values

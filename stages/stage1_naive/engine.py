@@ -1,15 +1,17 @@
 """Stage 1, assembled: a model, attention without memory, and a loop that reads everything again."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from stages.interface import Engine, EngineConfig, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV, NaiveAttention, rope_table
 from stages.stage1_naive.config import ModelConfig, find_model
-from stages.stage1_naive.limits import Limits
+from stages.stage1_naive.limits import Limits, report_error
+from stages.stage1_naive.mask import RequestMask
 from stages.stage1_naive.model import Attend, Ops, Transformer
-from stages.stage1_naive.sampling import SamplingBatch, sample
+from stages.stage1_naive.sampling import SamplingBatch, sample, score_prompt
+from stages.stage1_naive.threads import fitting_threads
 from stages.stage1_naive.weights import Checkpoint, load_model, pick_device, pick_dtype, random_reader
 
 __all__ = ["EngineConfig", "NaiveEngine", "build"]
@@ -38,6 +40,7 @@ def build(config: EngineConfig) -> Engine:
 @dataclass
 class _Sequence:
     request: Request
+    mask: RequestMask | None
     output: list[int] = field(default_factory=list)
 
 
@@ -54,6 +57,7 @@ class NaiveEngine:
         self._limits = limits
         self._device = model.embedding.device
         self._queue: dict[str, _Sequence] = {}  # by request id, in order of arrival
+        self._failed = False  # whether a request ended with an error
 
     @property
     def context_length(self) -> int:
@@ -69,7 +73,7 @@ class NaiveEngine:
 
     def add(self, request: Request) -> None:
         self._limits.check(request, self._queue)
-        self._queue[request.id] = _Sequence(request)
+        self._queue[request.id] = _Sequence(request, self._limits.mask(request.params))
 
     def abort(self, request_id: str) -> None:
         self._queue.pop(request_id, None)
@@ -83,6 +87,9 @@ class NaiveEngine:
         sequence.output.append(output.token_id)
         if output.finish_reason is not None:
             del self._queue[sequence.request.id]
+        if output.finish_reason == "error" and not self._failed:
+            self._failed = True
+            report_error(sequence.request)
         return [output]
 
     def close(self) -> None:
@@ -90,19 +97,29 @@ class NaiveEngine:
 
     @torch.inference_mode()
     def _next_token(self, sequence: _Sequence) -> TokenOutput:
-        request = sequence.request
-        token_ids = torch.tensor([*request.prompt, *sequence.output], device=self._device)  # [T]
+        request, params, output = sequence.request, sequence.request.params, sequence.output
+        tokens = [*request.prompt, *output]
+        token_ids = torch.tensor(tokens, device=self._device)  # [T]
         positions = torch.arange(len(token_ids), device=self._device)  # [T]
-        hidden = self._model.hidden(token_ids, positions, self._attend)  # [T, H]
+        with fitting_threads(self._model, len(tokens)):
+            hidden = self._model.hidden(token_ids, positions, self._attend)  # [T, H]
         logits = self._model.logits(hidden[-1:])  # [1, V]: only the last position predicts a new token
-        sampled = sample(
-            logits, SamplingBatch.of([(request, sequence.output)], logits.shape[-1], self._device)
-        )
+        batch = SamplingBatch.of([(request, output)], logits.shape[-1], self._device)
+        if sequence.mask is not None and sequence.mask.needed(len(output)):
+            bits = torch.from_numpy(sequence.mask.row(tokens, len(request.prompt)))
+            batch = replace(batch, mask=bits.unsqueeze(0).to(self._device))
+        sampled = sample(logits, batch)
         token_id = int(sampled.tokens[0])
-        wanted = request.params.logprobs
+        if token_id < 0:
+            return TokenOutput(request.id, 0, finish_reason="error")
+        scores = None
+        if params.prompt_logprobs is not None and not output:
+            pieces = score_prompt(self._model.logits, hidden[:-1], token_ids[1:])
+            scores = [score for piece in pieces for score in piece.all_logprobs(params.prompt_logprobs)]
         return TokenOutput(
             request_id=request.id,
             token_id=token_id,
-            logprobs=None if wanted is None else sampled.logprobs(0, wanted),
-            finish_reason=self._limits.finish_reason(request, len(sequence.output) + 1, token_id),
+            logprobs=None if params.logprobs is None else sampled.logprobs(0, params.logprobs),
+            finish_reason=self._limits.finish_reason(request, len(output) + 1, token_id),
+            prompt_logprobs=scores,
         )

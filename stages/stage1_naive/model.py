@@ -33,6 +33,9 @@ class Layer:
     post_norm: Tensor  # [H]
     gate_up: Tensor  # [2 * I, H]
     down: Tensor  # [H, I]
+    o_bias: Tensor | None = None  # [H]
+    gate_up_bias: Tensor | None = None  # [2 * I]
+    down_bias: Tensor | None = None  # [H]
 
 
 # (layer, qkv [T, (N + 2K) * D], positions [T]) -> [T, N * D]. It takes the raw product: splitting it,
@@ -60,8 +63,8 @@ def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
 def mlp(layer: Layer, x: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)); `x` [T, H] -> [T, H]."""
-    gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)  # [T, I] each
-    return F.linear(F.silu(gate) * up, layer.down)
+    gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)  # [T, I] each
+    return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Ops:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear  # (x, weight, bias)
     add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]] = add_norm
     mlp: Callable[[Layer, Tensor], Tensor] = mlp
-    head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (hidden [R, H], weight [V, H]) -> [R, V]
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (hidden [R, H], weight [V, H]) -> [R, V] or more
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,15 @@ class Transformer:
         for layer in self.layers:
             x, residual = ops.add_norm(x, residual, layer.input_norm, eps)
             qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
-            x = ops.linear(attend(layer, qkv, positions), layer.o, None)
+            x = ops.linear(attend(layer, qkv, positions), layer.o, layer.o_bias)
             x, residual = ops.add_norm(x, residual, layer.post_norm, eps)
             x = ops.mlp(layer, x)
         x, _ = ops.add_norm(x, residual, self.norm, eps)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of `hidden` [R, H] that sample -> a score for every token of the vocabulary [R, V]."""
-        return self.ops.head(hidden, self.head)
+        """Rows of `hidden` [R, H] that sample -> a score for every token of the vocabulary [R, V].
+
+        A head that is cut into equal shares may be padded: what it says beyond the vocabulary is left out.
+        """
+        return self.ops.head(hidden, self.head)[:, : self.config.vocab_size]

@@ -6,15 +6,17 @@ distributed as softmax(logits / T). The noise of a row is a hash of its request'
 token id, so a text depends neither on the batch nor on the order of arrival.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.interface import MAX_LOGPROBS, Request, TokenLogprobs
+from stages.stage1_naive.mask import apply_mask
 
 _COLDEST = 1e-5  # a temperature below is greedy: dividing by it would overflow
+_PIECE = 256  # rows of a prompt's logits at once: all of them would be larger than the model
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class SamplingBatch:
     positions: Tensor  # [R] int64, where in its sequence the token will stand
     penalties: Penalties | None = None
     bias: Tensor | None = None  # [R, V] float32
+    mask: Tensor | None = None  # [R, ceil(V / 32)] int32, see `mask.py`
     filters: Filters | None = None
     logprobs: bool = False  # of MAX_LOGPROBS tokens a row, however few it asked for: ties depend on how many
 
@@ -119,6 +122,14 @@ class SamplingBatch:
             logprobs=any(p.logprobs is not None for p in params),
         )
 
+    def adjust(self, logits: Tensor) -> Tensor:
+        """[R, V] -> [R, V]: penalised, biased and masked; in float32 or wider where something is added."""
+        if self.penalties is not None:
+            logits = self.penalties.apply(_wide(logits))
+        if self.bias is not None:
+            logits = _wide(logits) + self.bias
+        return logits if self.mask is None else apply_mask(logits, self.mask)
+
 
 def count_tokens(token_ids: Sequence[int], vocab_size: int) -> Tensor:
     """How often each token occurs, [V] int32."""
@@ -129,38 +140,55 @@ def count_tokens(token_ids: Sequence[int], vocab_size: int) -> Tensor:
 class Sampled:
     """One token a row, and the log-probabilities if any row asked for them."""
 
-    tokens: Tensor  # [R] int64
+    tokens: Tensor  # [R] int64; -1 where none could be drawn: logits that are NaN or infinite, or all masked
     chosen: Tensor | None = None  # [R] float, the token's own
     top_ids: Tensor | None = None  # [R, n] int64, the most probable first
     top_values: Tensor | None = None  # [R, n] float
 
     def logprobs(self, row: int, count: int) -> TokenLogprobs:
         """Those of one row, with the `count` most probable alternatives."""
+        return self.all_logprobs(count, slice(row, row + 1))[0]
+
+    def all_logprobs(self, count: int, rows: slice = slice(None)) -> list[TokenLogprobs]:
+        """Those of several rows."""
         if self.chosen is None or self.top_ids is None or self.top_values is None:
             raise ValueError("no row of this batch asked for log-probabilities")
-        top = zip(self.top_ids[row, :count].tolist(), self.top_values[row, :count].tolist(), strict=True)
-        return TokenLogprobs(chosen=self.chosen[row].item(), top=list(top))
+        columns = (self.chosen[rows], self.top_ids[rows, :count], self.top_values[rows, :count])
+        each = zip(*(column.tolist() for column in columns), strict=True)
+        return [TokenLogprobs(own, list(zip(ids, values, strict=True))) for own, ids, values in each]
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     """One token for each row of `logits` [R, V]."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    raw = logits
-    if batch.penalties is not None:
-        logits = batch.penalties.apply(logits)
-    if batch.bias is not None:
-        logits = logits + batch.bias
+    logits = _wide(logits)
+    adjusted = batch.adjust(logits)
     temperature = batch.temperature.unsqueeze(1)
-    scaled = logits / temperature.clamp(min=_COLDEST)
+    scaled = adjusted / temperature.clamp(min=_COLDEST)
     if batch.filters is not None:
         scaled = batch.filters.apply(scaled)
     noisy = scaled + gumbel_noise(batch.seeds, batch.positions, logits.shape[-1], logits.dtype)
-    tokens = torch.where(temperature < _COLDEST, logits, noisy).argmax(dim=-1)
-    if not batch.logprobs:
-        return Sampled(tokens)
-    logprobs = raw.log_softmax(dim=-1)
+    best, tokens = torch.where(temperature < _COLDEST, adjusted, noisy).max(dim=-1)
+    tokens = torch.where(best.isfinite(), tokens, -1)  # of a row with NaN that is the best, and so is inf
+    return scored(logits, tokens) if batch.logprobs else Sampled(tokens)
+
+
+def scored(logits: Tensor, tokens: Tensor) -> Sampled:
+    """`tokens` [R] with the log-probabilities that `logits` [R, V] give them and the most probable ones."""
+    logprobs = _wide(logits).log_softmax(dim=-1)
     top = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]), dim=-1)
-    return Sampled(tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1), top.indices, top.values)
+    chosen = logprobs.gather(-1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return Sampled(tokens, chosen, top.indices, top.values)
+
+
+def score_prompt(logits: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> list[Sampled]:
+    """What a model's `logits` say at P positions, `hidden` [P, H], of the `tokens` [P] that come next there:
+    in pieces, one after the other."""
+    pieces = zip(hidden.split(_PIECE), tokens.split(_PIECE), strict=True)
+    return [scored(logits(rows), following) for rows, following in pieces]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.stage1_naive.config import ModelConfig
+from stages.stage1_naive.config import ModelConfig, other_format
 from stages.stage1_naive.model import Layer, Ops, Transformer
 
 Read = Callable[[str], Tensor]  # a tensor by name: the checkpoint's, stage 6's slice of it, or a random one
@@ -53,6 +53,10 @@ def pick_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dt
     return dtypes[name]
 
 
+Stored = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype, as safetensors names it, and shape
+_DTYPES = ("BF16", "F16", "F32", "F64")  # of stored weights, as safetensors names them
+
+
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]  # tensor name -> file name
 
@@ -67,16 +71,17 @@ class Checkpoint:
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
         self.files: dict[str, Path] = {}  # tensor name -> file
-        shapes: dict[str, tuple[int, ...]] = {}
+        stored: Stored = {}
         for file in self._list_files():
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                         self.files[name] = file
-                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                        tensor = tensors.get_slice(name)
+                        stored[name] = tensor.get_dtype(), tuple(tensor.get_shape())
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
-        _check_tensors(path, config, shapes)
+        _check_tensors(path, config, stored)
         if config.tied_embeddings and "lm_head.weight" in self.files:
             self._check_tied()
 
@@ -89,17 +94,24 @@ class Checkpoint:
             )
 
     def _list_files(self) -> list[Path]:
-        index = self._path / "model.safetensors.index.json"
-        if index.is_file():  # the folder may hold other files too: the index knows which count
-            try:
-                files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{index} is no index of tensors: {error}") from error
-            return [self._path / name for name in sorted(set(files))]
-        files_here = sorted(self._path.glob("*.safetensors"))
-        if not files_here:
-            raise ValueError(f"{self._path} holds no .safetensors file")
-        return files_here
+        """The files that `transformers` reads; others in the folder, such as the same weights in another
+        precision, do not count."""
+        whole, index = self._path / "model.safetensors", self._path / "model.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if not index.is_file():
+            raise ValueError(
+                f"{self._path} holds no model.safetensors and no model.safetensors.index.json"
+                f"{other_format(self._path.iterdir())}"
+            )
+        try:
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{index} is no index of tensors: {error}") from error
+        for name in names:
+            if not (self._path / name).is_file() or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{index} names {name}, which is not a file in this folder")
+        return [self._path / name for name in names]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it was saved in."""
@@ -136,15 +148,20 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 "self_attn.k_proj.bias": (kv,),
                 "self_attn.v_proj.bias": (kv,),
             }
+        if config.o_bias:
+            layer["self_attn.o_proj.bias"] = (h,)
+        if config.mlp_bias:
+            layer |= {"mlp.gate_proj.bias": (i,), "mlp.up_proj.bias": (i,), "mlp.down_proj.bias": (h,)}
         if config.qk_norm:
             layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
-def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise a ValueError that names what is missing, what is there but would be ignored, or a wrong shape."""
-    names, expected = set(shapes), tensor_shapes(config)
+def _check_tensors(path: Path, config: ModelConfig, stored: Stored) -> None:
+    """Raise a ValueError that names what is missing, what is there but would be ignored, a wrong shape, or
+    numbers that mean nothing without the scales of a quantization."""
+    names, expected = set(stored), tensor_shapes(config)
     harmless = {name for name in names if name.endswith("rotary_emb.inv_freq")}  # old exports save them
     if config.tied_embeddings:
         harmless.add("lm_head.weight")
@@ -156,9 +173,15 @@ def _check_tensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int,
     ]
     if problems:
         raise ValueError(f"the tensors in {path} do not fit its config.json: {'; '.join(problems)}")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ValueError(f"{name} has the shape {shapes[name]}, but config.json asks for {shape}")
+    for name, asked in expected.items():
+        dtype, shape = stored[name]
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} in {path} is stored as {dtype}, as quantized weights are, but config.json has no "
+                f"quantization_config; supported are {', '.join(_DTYPES)}"
+            )
+        if shape != asked:
+            raise ValueError(f"{name} has the shape {shape}, but config.json asks for {asked}")
 
 
 def random_reader(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Read:
@@ -190,7 +213,7 @@ def load_model(
 
     def get_layer(index: int) -> Layer:
         layer = f"model.layers.{index}."
-        attention = layer + "self_attn."
+        attention, gate_up = layer + "self_attn.", (layer + "mlp.gate_proj", layer + "mlp.up_proj")
         return Layer(
             index=index,
             input_norm=get(layer + "input_layernorm.weight"),
@@ -200,8 +223,11 @@ def load_model(
             k_norm=get(attention + "k_norm.weight") if config.qk_norm else None,
             o=get(attention + "o_proj.weight"),
             post_norm=get(layer + "post_attention_layernorm.weight"),
-            gate_up=get(layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"),
+            gate_up=get(*(x + ".weight" for x in gate_up)),
             down=get(layer + "mlp.down_proj.weight"),
+            o_bias=get(attention + "o_proj.bias") if config.o_bias else None,
+            gate_up_bias=get(*(x + ".bias" for x in gate_up)) if config.mlp_bias else None,
+            down_bias=get(layer + "mlp.down_proj.bias") if config.mlp_bias else None,
         )
 
     embedding = get("model.embed_tokens.weight")

@@ -139,7 +139,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRu
         for name, is_decode in zip(loaded.attention, (False, True), strict=True)
     )
     attention = PagedAttention(parts.cache, prefill, decode, QKV(model.config, parts.rope))
-    return ModelRunner(model, attention, parts.sampler, parts.slots)
+    return ModelRunner(model, attention, parts.sampler, parts.slots, parts.cache)
 
 
 def measure_pages(
@@ -209,9 +209,11 @@ def _run_largest_steps(
             params = SamplingParams(
                 max_tokens=min(2, context - length),
                 ignore_eos=True,
-                top_p=0.5,  # this, a penalty and a bias are what takes memory in sampling
+                top_p=0.5,  # this, a penalty, a bias and a mask are what takes memory in sampling,
                 presence_penalty=1.0,
                 logit_bias={0: 1.0},
+                bad_words_ids=[[0]],
+                prompt_logprobs=0,  # and where few rows sample, the scores of a prompt take more
             )
             table.add(Request(str(i), [0] * length, params))
         while batch := scheduler.schedule():

@@ -1,8 +1,11 @@
 """What one step computes: rows of requests, as plain Python objects."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from stages.interface import Request
+from stages.interface import Request, TokenLogprobs
+from stages.stage1_naive.mask import RequestMask
 from stages.stage2_paged.prefix_cache import Prefix
 
 
@@ -26,6 +29,10 @@ class Sequence:
     prefix: Prefix = field(default_factory=Prefix)  # the part of `pages` that the prefix cache has, locked
     cached_tokens: int | None = None  # of its prompt, in the prefix cache when it was first admitted
     done: bool = False
+    mask: RequestMask | None = None  # of a request that may not draw everything
+    matched: int = 0  # how many of its pages others had computed when it was admitted
+    alone: bool = False  # it is not to use what others computed
+    prompt_logprobs: list[TokenLogprobs] | None = None  # collected until its first output takes them along
 
     @property
     def in_flight(self) -> bool:
@@ -57,6 +64,19 @@ class Row:
         """Whether it is its sequence's first row in this slot."""
         return self.first_new_page == 0
 
+    @property
+    def masked(self) -> bool:
+        """Whether not all tokens may be drawn. Known before the row is computed."""
+        mask = self.sequence.mask
+        return mask is not None and mask.needed(self.end - len(self.sequence.request.prompt))
+
+    @property
+    def scored(self) -> int:
+        """How many of its positions, from the first on, say how probable the next token of the prompt is."""
+        if self.sequence.prompt_logprobs is None:
+            return 0
+        return max(0, min(self.end, len(self.sequence.request.prompt) - 1) - self.start)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,7 +84,13 @@ class Batch:
 
     rows: list[Row]
     num_decode: int
+    soiled: Seq[int] = ()  # pages that get new owners, and hold NaN of old ones: to be cleared before
 
-    @property
+    @cached_property
     def sampling(self) -> list[Row]:
         return [row for row in self.rows if row.samples]
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether to sample from it takes the tokens of all batches before."""
+        return any(row.masked for row in self.sampling if row.sequence.mask)

@@ -103,8 +103,9 @@ class Slots:
         )
 
     def remember(self, slots: Tensor, tokens: Tensor) -> None:
-        """The newest tokens [S] of `slots` [S]. The next batch finds them there if the host is behind."""
-        self.newest.index_copy_(0, slots, tokens)
+        """The newest tokens [S] of `slots` [S]. The next batch finds them there if the host is behind, and 0
+        for -1: where no token could be drawn, one more row may be under way, and is dropped."""
+        self.newest.index_copy_(0, slots, tokens.clamp(min=0))
 
     def _new_pages(self, rows: list[Row]) -> tuple[Ints, Ints]:
         """Where in the flat page table something changes, and the pages that go there."""

@@ -1,7 +1,7 @@
 """Stage 1's sampling for whole batches: parameters by slot, so that a step packs one row of numbers each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,12 +100,25 @@ class Sampler:
         )
         return SampleInputs(slots, batch)
 
+    def mask(self, rows: list[Row], inputs: SampleInputs) -> SampleInputs:
+        """The same inputs of S rows, with what each may draw by the tokens that are committed."""
+        bits = np.full((len(rows), -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        for i, row in enumerate(rows):
+            sequence = row.sequence
+            if sequence.mask is not None and row.masked:
+                bits[i] = sequence.mask.row(sequence.tokens, len(sequence.request.prompt))
+        staged = torch.from_numpy(bits)
+        if self._device.type == "cuda":
+            staged = staged.pin_memory()  # else the copy would wait for all that is under way
+        mask = staged.to(self._device, non_blocking=True)
+        return replace(inputs, batch=replace(inputs.batch, mask=mask))
+
     def sample(self, logits: Tensor, inputs: SampleInputs) -> Sampled:
         """One token for each row of `logits` [S, V]."""
         sampled = self._draw(logits, inputs.batch)
         if inputs.batch.penalties is not None and self._counts is not None:
             # A slot appears once, so no two rows write the same. A row that is discarded later counts too:
-            # by then its slot is free, and whoever enters it is launched after this.
+            # by then its slot is free, and whoever enters it is launched after this. So may a token -1.
             self._counts[inputs.slots, sampled.tokens] += 1
         return sampled
 

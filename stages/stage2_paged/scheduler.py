@@ -23,10 +23,9 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         if rows := self._prefill():
-            return Batch(rows, num_decode=0)
-        if rows := decode_rows(self._table, list(self._table.running)):
-            return Batch(rows, num_decode=len(rows))
-        return None
+            return self._table.batch(rows, num_decode=0)
+        rows = decode_rows(self._table, list(self._table.running))
+        return self._table.batch(rows, num_decode=len(rows))
 
     def _prefill(self) -> list[Row]:
         """Prompts from the head of the queue. The first goes whatever its length; none overtakes another."""

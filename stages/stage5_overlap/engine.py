@@ -116,7 +116,7 @@ def make_runner(
         if decode is None or not is_decode
     ]
     attention = FusedAttention(prepare, backends[0], decode or backends[1])
-    eager = ModelRunner(model, attention, parts.sampler, parts.slots)
+    eager = ModelRunner(model, attention, parts.sampler, parts.slots, parts.cache)
     if decode is None or not config.graphs:
         return eager
     sizes = graph_sizes(config.max_rows)
@@ -127,7 +127,9 @@ class OverlapEngine(PagedEngine):
     """Schedule and launch a batch, then commit the one before: while Python works, so does the GPU.
 
     A request is found to have ended one step late, and its row of the batch under way is dropped when that is
-    committed. Nothing else changes: the scheduler never asks what the newest token is.
+    committed. Nothing else changes: the scheduler never asks what the newest token is. But a mask may, so a
+    batch with one waits in its middle: its forward is launched, the batch before is committed, and then its
+    draw is launched.
     """
 
     def __init__(self, table: RequestTable, scheduler: AnyScheduler, runner: Runner) -> None:
@@ -140,5 +142,10 @@ class OverlapEngine(PagedEngine):
 
     def step(self) -> list[TokenOutput]:
         batch, before = self._scheduler.schedule(), self._under_way
+        if batch and batch.masked:
+            computed = self._runner.forward(batch)
+            outputs = self._table.commit(before[0], before[1].wait()) if before else []
+            self._under_way = batch, self._runner.sample(computed)
+            return outputs
         self._under_way = (batch, self._runner.launch(batch)) if batch else None
         return self._table.commit(before[0], before[1].wait()) if before else []

@@ -70,8 +70,10 @@ def make_ops(fused: frozenset[str]) -> Ops:
 
     def mlp(layer: Layer, x: Tensor) -> Tensor:
         if "linear" in fused and wins(*x.shape):
-            return few_rows(few_rows(x, layer.gate_up, None, pdl, gated=True), layer.down, None, pdl)
-        return F.linear(elementwise.silu_mul(F.linear(x, layer.gate_up), pdl), layer.down)
+            x = few_rows(x, layer.gate_up, layer.gate_up_bias, pdl, gated=True)
+            return few_rows(x, layer.down, layer.down_bias, pdl)
+        x = elementwise.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), pdl)
+        return F.linear(x, layer.down, layer.down_bias)
 
     return Ops(
         linear=linear,
@@ -98,9 +100,9 @@ def hidden_of_few(
 
     for layer in model.layers:
         qkv = normed(layer.input_norm, layer.qkv, layer.qkv_bias)
-        linear(attend(layer, qkv, positions), layer.o, None, pdl, onto=stream)
-        x = normed(layer.post_norm, layer.gate_up, None, gated=True)
-        linear(x, layer.down, None, pdl, onto=stream)
+        linear(attend(layer, qkv, positions), layer.o, layer.o_bias, pdl, onto=stream)
+        x = normed(layer.post_norm, layer.gate_up, layer.gate_up_bias, gated=True)
+        linear(x, layer.down, layer.down_bias, pdl, onto=stream)
     return add_norm(stream, None, model.norm, eps, pdl)[0]
 
 

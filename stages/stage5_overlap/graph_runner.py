@@ -15,7 +15,7 @@ from stages.stage1_naive.model import Layer, Transformer
 from stages.stage1_naive.sampling import Sampled
 from stages.stage2_paged.batch import Batch, Row
 from stages.stage2_paged.inputs import Slots
-from stages.stage2_paged.runner import ModelRunner, Pending
+from stages.stage2_paged.runner import Computed, ModelRunner, Pending
 from stages.stage2_paged.sampler import Sampler
 from stages.stage5_overlap.fused import Decode, has_dependent_launch, hidden_of_few
 
@@ -85,21 +85,31 @@ class GraphRunner:
         self._graphs = {size: self._capture(size) for size in largest_first}
         logger.info("captured %d CUDA graphs in %.1f s", len(sizes), time.perf_counter() - start)
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> Pending:
+        return self.sample(self.forward(batch))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Computed:
         rows = batch.rows
         if batch.num_decode < len(rows) or len(rows) > self._sizes[-1]:
-            return self._eager.launch(batch)
+            return self._eager.forward(batch)
+        if batch.soiled:
+            self._eager.cache.clear(batch.soiled)
         graph = self._graphs[self._sizes[bisect.bisect_left(self._sizes, len(rows))]]
         self._upload(rows, graph.packed)
         graph.graph.replay()
-        if all(_is_plain(row) for row in rows):
-            return Pending(batch, Sampled(graph.tokens[: len(rows)]))
-        inputs = self._sampler.unpack(rows, graph.packed[_OWN:, : len(rows)].reshape(-1))
         logits = graph.logits[: len(rows)]
-        sampled = self._sampler.sample(self._share.gather(logits) if self._share else logits, inputs)
-        self._slots.remember(inputs.slots, sampled.tokens)
-        return Pending(batch, sampled)
+        if all(_is_plain(row) for row in rows) and not batch.masked:
+            return Computed(batch, logits, None, graph.tokens[: len(rows)])
+        inputs = self._sampler.unpack(rows, graph.packed[_OWN:, : len(rows)].reshape(-1))
+        if self._share:
+            logits = self._share.gather(logits)[:, : self._model.config.vocab_size]  # without padding
+        return Computed(batch, logits, inputs)
+
+    def sample(self, computed: Computed) -> Pending:
+        if computed.tokens is not None:
+            return Pending(computed.batch, Sampled(computed.tokens))
+        return self._eager.sample(computed)
 
     def close(self) -> None:
         """A library whose operations are in a graph may wait for the graph's end, as NCCL does."""
@@ -161,6 +171,8 @@ class GraphRunner:
             hidden = self._model.hidden(token_ids, positions, attend)
         share = self._share
         logits = F.linear(hidden, self._model.head) if share else self._model.logits(hidden)
+        if share:  # the last ones may be padded, with tokens that there are not
+            logits[:, max(0, self._model.config.vocab_size - share.first) :] = -torch.inf
         if "sampling" in self._fused:
             from stages.stage5_overlap.kernels.sampling import draw
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from stages.interface import Engine, Request, TokenOutput
 from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.request_table import SampledToken
-from stages.stage2_paged.runner import Pending
+from stages.stage2_paged.runner import Computed, Pending
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class _Recorder:
         self._since: dict[_Row, int] = {}  # when a request came, or its last step was done
         self._streams: dict[_Row, int] = {}  # when a stream's last kernel was done
         self._waited = 0  # when the last batch was done
+        self._launched: tuple[int, _Args, list[_Row]] = 0, None, []  # when the last launch began, and of whom
         self._profile: profile | None = None
         for process, name in ((_HOST, "host"), (_GPU, "GPU"), (_REQUESTS, "requests")):
             self._name((process, process), "process", name)
@@ -75,7 +76,8 @@ class _Recorder:
         self._hook(engine, "step", self._step)
         self._hook(engine._scheduler, "schedule", partial(self._timed, _SCHEDULER, "schedule"))
         self._hook(engine._table, "commit", self._commit)
-        self._hook(engine._runner, "launch", self._launch)
+        self._hook(engine._runner, "forward", self._forward)
+        self._hook(engine._runner, "sample", self._sample)
         self._hook(engine._runner._slots, "upload", partial(self._timed, _COPIES, _UPLOAD))
         if hasattr(engine._runner, "_upload"):  # a GraphRunner's, for batches that it replays
             self._hook(engine._runner, "_upload", partial(self._timed, _COPIES, _GRAPH_UPLOAD))
@@ -112,19 +114,30 @@ class _Recorder:
             self._write()
         return outputs
 
-    def _launch(self, launch: Callable[[Batch], Pending], batch: Batch) -> Pending:
+    def _forward(self, forward: Callable[[Batch], Computed], batch: Batch) -> Computed:
         start = time.time_ns()
-        pending = launch(batch)
+        computed = forward(batch)
         args = {
             "decode rows": batch.num_decode,
             "prefill rows": len(batch.rows) - batch.num_decode,
             "tokens": sum(row.length for row in batch.rows),
-            "graph": self._events[-1]["name"] == _GRAPH_UPLOAD,  # the last that a launch calls
+            "graph": self._events[-1]["name"] == _GRAPH_UPLOAD,  # the last that it calls
         }
-        self._span(_LAUNCHES, "launch", start, time.time_ns(), args)
+        requests = [self._rows[row.sequence.request.id] for row in batch.rows]  # before one of them may end
+        self._launched = start, args, requests
+        if batch.masked:
+            self._span(_LAUNCHES, "launch", start, time.time_ns(), args)
+        return computed
+
+    def _sample(self, sample: Callable[[Computed], Pending], computed: Computed) -> Pending:
+        """The second half of a launch; a span of its own where there is a commit between the two."""
+        batch, begin = computed.batch, time.time_ns()
+        pending = sample(computed)
+        start, args, requests = self._launched
+        span = ("sample", begin) if batch.masked else ("launch", start)
+        self._span(_LAUNCHES, *span, time.time_ns(), None if batch.masked else args)
         if self._to_launch:
             self._to_launch -= 1
-            requests = [self._rows[row.sequence.request.id] for row in batch.rows]
             pending.wait = partial(self._wait, pending.wait, batch, requests, start)  # type: ignore[method-assign]
         return pending
 

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from stages.interface import Engine, EngineFailed, Request, Statistics, TokenOutput
+from stages.stage1_naive import limits
 from stages.stage1_naive.config import ModelConfig, find_model
 from stages.stage2_paged.assembly import Loaded, load
 from stages.stage5_overlap import engine as stage5
@@ -80,6 +81,7 @@ def _lead(config: EngineConfig, place: Place) -> Engine:
 
 def _follow(config: EngineConfig, place: Place) -> NoReturn:
     follower, built = Follower(place), False
+    limits.logger.disabled = True  # rank 0 says it, of the same requests
     try:
         communicator = connect(config, place)
         engine = build_rank(config, place, communicator)

@@ -30,7 +30,7 @@ def parallel_ops(ops: Ops, rank: int, communicator: Communicator) -> Ops:
         return ops.add_norm(communicator.all_reduce(x), residual, weight, eps)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        """`hidden` [R, H], `weight` [V / size, H] -> [R, V]."""
+        """`hidden` [R, H], `weight` [V / size, H] -> [R, V], the padding of V included."""
         return communicator.all_gather(ops.head(hidden, weight))
 
     return replace(ops, embed=embed, add_norm=add_norm, head=head)

@@ -3,7 +3,8 @@
 Of two matrix products in a row the first is cut by rows of its weight, so that each rank computes some of
 the heads (or of the MLP's channels) from the whole input, and the second by columns, so that each rank adds
 its part to the whole output. Only that sum needs the other ranks: once after attention, once after the MLP.
-The embedding and the head are cut by rows too, which are the vocabulary's tokens. Norms are whole everywhere.
+The embedding and the head are cut by rows too, which are the vocabulary's tokens, and get rows of zeros at
+the end until their number divides. Norms are whole everywhere.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def check_divisible(config: ModelConfig, size: int) -> None:
 
 
 def _problems(config: ModelConfig, size: int) -> Iterator[str]:
-    for name in ("num_heads", "intermediate_size", "vocab_size"):
+    for name in ("num_heads", "intermediate_size"):
         if getattr(config, name) % size:
             yield f"its {name} ({getattr(config, name)}) is no multiple of that"
     if config.num_kv_heads % size and size % config.num_kv_heads:
@@ -56,19 +58,28 @@ class Shard:
             num_heads=config.num_heads // self.size,
             num_kv_heads=max(1, config.num_kv_heads // self.size),
             intermediate_size=config.intermediate_size // self.size,
-            vocab_size=config.vocab_size // self.size,
+            vocab_size=-(-config.vocab_size // self.size),
         )
 
     def reader(self, checkpoint: Checkpoint, config: ModelConfig) -> Read:
-        """Reads this rank's part of a tensor and nothing else of it. `config` is the whole model's."""
-        wholes, parts = tensor_shapes(config), tensor_shapes(self.cut(config))
+        """Reads this rank's part of a tensor and nothing else of it. `config` is the whole model's.
+
+        The bias of a product whose parts are summed is the first rank's; the others have zeros for it.
+        """
+        cut = self.cut(config)
+        padded = replace(config, vocab_size=cut.vocab_size * self.size)
+        wholes, parts = tensor_shapes(padded), tensor_shapes(cut)
 
         def read(name: str) -> Tensor:
             with safe_open(checkpoint.files[name], framework="pt") as tensors:
                 sizes = zip(wholes[name], parts[name], strict=True)
                 ranges = tuple(slice(*self._range(whole, part)) for whole, part in sizes)
-                part: Tensor = tensors.get_slice(name)[ranges]
-                return part.contiguous()  # columns are a view until then
+                part: Tensor = tensors.get_slice(name)[ranges]  # up to the end, if that comes first
+            if self.rank and name.endswith(("o_proj.bias", "down_proj.bias")):
+                return torch.zeros_like(part)
+            if missing := parts[name][0] - len(part):
+                return F.pad(part, (0, 0, 0, missing))
+            return part.contiguous()  # columns are a view until then
 
         return read
 
@@ -87,7 +98,7 @@ class Shard:
         self, path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, random: bool = False
     ) -> Transformer:
         """This rank's part of a model, or `random` weights of that shape. Its config has the vocabulary's
-        whole size again, as whoever samples needs it; the other sizes are the part's."""
+        whole size again, without padding, as whoever samples needs it; the other sizes are the part's."""
         cut = self.cut(config)
         if random:
             read = random_reader(cut, device, dtype, seed=self.rank)

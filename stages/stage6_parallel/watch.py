@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 # Ticks of silence that are borne. Loading is long: a library that is loaded holds Python's lock, and stops
 # every thread. Rank 0 may be a program of the user's that does so at any time.
-LOADING, SERVING, RANK_0 = 240, 16, 60
+LOADING, SERVING, RANK_0 = 1200, 16, 60
 _STUCK = 10  # ticks that the main thread gets to leave a step after a rank was lost
 _DYING_S = 5.0  # a driver may hold on to a process that was killed
 

@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from tests.checkpoints import write_checkpoint
 from tests.server.running import RunningServer, launch
+
+CONTEXT = 2**17  # of `large`, as large models have: what a request may hold grows with it
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,13 @@ def client(server: RunningServer) -> Iterator[OpenAI]:
 @pytest.fixture
 def async_client(server: RunningServer) -> AsyncOpenAI:
     return server.async_client
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server of a model with a long context, also called `tiny`."""
+    folder = tmp_path_factory.mktemp("large")
+    model = write_checkpoint(folder / "model", "qwen3", max_position_embeddings=CONTEXT)
+    with launch(folder, model, "--model-name", "tiny") as running:
+        running.wait_ready()
+        yield running

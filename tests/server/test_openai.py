@@ -316,7 +316,7 @@ def test_what_asks_for_nothing_is_accepted(client: OpenAI) -> None:
     }
     answer = client.completions.create(model="tiny", prompt="a", max_tokens=2, temperature=0, extra_body=body)
     assert answer.usage is not None
-    chat: Any = {"tools": [], "response_format": {"type": "text"}, "store": True, "stop": None, "n": None}
+    chat: Any = {"tools": [], "response_format": {"type": "text"}, "store": False, "stop": None, "n": None}
     client.chat.completions.create(model="tiny", messages=ASK, max_tokens=2, extra_body=chat)
 
 

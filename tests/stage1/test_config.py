@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from stages.interface import SamplingParams
 from stages.stage1_naive.config import ModelConfig, RopeScaling, find_model
 from stages.stage1_naive.limits import Limits
 
@@ -31,7 +32,6 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 2048,
 }
-FAMILIES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 
 
 def load(folder: Path, settings: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
@@ -91,27 +91,23 @@ def test_rope_without_scaling(spelling: dict[str, Any], tmp_path: Path) -> None:
     assert (config.rope_theta, config.rope_scaling) == (10_000.0, None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_differ_in_bias_and_norm(family: str, tmp_path: Path) -> None:
-    config = load(tmp_path, {**LLAMA, "architectures": [family]})
-    assert config.qkv_bias == (family == "Qwen2ForCausalLM")
-    assert config.qk_norm == (family == "Qwen3ForCausalLM")
-
-
+@pytest.mark.parametrize("asked", [True, False, None])
 @pytest.mark.parametrize(
-    ("settings", "context"),
+    ("family", "qkv", "o", "mlp"),  # whether there is a bias if both keys ask for one
     [
-        ({"sliding_window": 4096}, 4096),  # Mistral 7B v0.1
-        ({"sliding_window": None}, 8192),  # and v0.2 on
-        ({"sliding_window": 4096, "use_sliding_window": False}, 8192),  # Qwen2.5
-        ({"sliding_window": 4096, "use_sliding_window": True}, 4096),
-        ({"sliding_window": 100_000}, 8192),
-        ({}, 8192),
+        ("LlamaForCausalLM", True, True, True),
+        ("MistralForCausalLM", False, False, False),
+        ("Qwen2ForCausalLM", True, False, False),
+        ("Qwen3ForCausalLM", True, True, False),
     ],
 )
-def test_a_sliding_window_caps_the_context(settings: dict[str, Any], context: int, tmp_path: Path) -> None:
-    config = load(tmp_path, {**LLAMA, "architectures": ["MistralForCausalLM"], **settings})
-    assert config.context_length == context
+def test_families_differ_in_bias_and_norm(
+    family: str, qkv: bool, o: bool, mlp: bool, asked: bool | None, tmp_path: Path
+) -> None:
+    config = load(tmp_path, {**LLAMA, "architectures": [family], "attention_bias": asked, "mlp_bias": asked})
+    expected = (qkv, o, mlp) if asked else (family == "Qwen2ForCausalLM", False, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == expected
+    assert config.qk_norm == (family == "Qwen3ForCausalLM")
 
 
 @pytest.mark.parametrize(
@@ -137,31 +133,33 @@ def test_generation_config_names_the_stop_tokens(tmp_path: Path) -> None:
     assert load(tmp_path, LLAMA, {"temperature": 0.6}).eos_token_ids == (7,)
 
 
+def test_generation_config_says_how_to_sample(tmp_path: Path) -> None:
+    assert load(tmp_path, LLAMA).sampling_defaults == {}
+    said = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "repetition_penalty": 1.05}
+    others = {"do_sample": True, "max_length": 9, "bos_token_id": 1, "eos_token_id": 8}
+    assert load(tmp_path, LLAMA, {**said, **others}).sampling_defaults == said
+    silent = {"temperature": None, "top_p": None, "top_k": 5}
+    assert load(tmp_path, LLAMA, {**silent, **others}).sampling_defaults == {"top_k": 5}
+    SamplingParams(**load(tmp_path, LLAMA, said).sampling_defaults)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("key", "value"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"architectures": None}, "none"),
-        ({"architectures": []}, "none"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+        ("temperature", -0.1),
+        ("temperature", "warm"),
+        ("temperature", True),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("eos_token_id", "</s>"),
     ],
 )
-def test_the_unsupported_is_refused_by_name(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=name) as caught:
-        load(tmp_path, {**LLAMA, **settings})
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_qwen2_has_its_bias_without_being_asked(tmp_path: Path) -> None:
-    settings = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "attention_bias": True}
-    assert load(tmp_path, settings).qkv_bias
+def test_a_wrong_sampling_value_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"generation_config\.json.*{key}"):
+        load(tmp_path, LLAMA, {key: value})
 
 
 @pytest.mark.parametrize(
@@ -176,15 +174,10 @@ def test_qwen2_has_its_bias_without_being_asked(tmp_path: Path) -> None:
         "rms_norm_eps",
     ],
 )
-@pytest.mark.parametrize("how", ["missing", "null", "text"])
-def test_a_broken_key_is_named(key: str, how: str, tmp_path: Path) -> None:
-    settings = dict(LLAMA)
-    if how == "missing":
-        del settings[key]
-    else:
-        settings[key] = None if how == "null" else "many"
-    with pytest.raises(ValueError, match=key):
-        load(tmp_path, settings)
+@pytest.mark.parametrize("value", [None, "many", [1]])
+def test_a_broken_key_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"config\.json.*{key}"):
+        load(tmp_path, {**LLAMA, key: value})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '"text"', "{'a': 1}"])
@@ -203,8 +196,44 @@ def test_config_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path} .*no config.json"):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a model folder, with config.json$"):
         ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors", "README.md"],
+            "adapter_config.json is of a LoRA adapter",
+        ),
+        (
+            ["adapter_config.json", "config.json", "model.safetensors"],
+            "adapter_config.json is of a LoRA adapter",
+        ),
+        (["x.Q4_K_M.gguf", "README.md"], "with config.json; x.Q4_K_M.gguf is in the format GGUF"),
+        (
+            ["consolidated.safetensors", "params.json", "tekken.json"],
+            "consolidated.safetensors is in Mistral's own",
+        ),
+        (["pytorch_model.bin"], "with config.json; pytorch_model.bin is no safetensors"),
+        (["model.safetensors"], "with config.json; model.safetensors"),
+        (["README.md"], "with config.json$"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(files: list[str], said: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text(json.dumps(LLAMA))
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a model folder.*{said}"):
+        ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "x.gguf", "config.json"])
+def test_a_file_is_no_model(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is a file, but a model is a folder") as caught:
+        find_model(str(tmp_path / name))
+    assert ("GGUF" in str(caught.value)) == (name == "x.gguf")
 
 
 def test_find_model_takes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +246,21 @@ def test_find_model_takes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "name", ["/nowhere/at/all", "./nothing", "~/nothing", "nothing", "a/b/c", "no one/has this", "x/..", "/x"]
+    "name",
+    [
+        "/nowhere/at/all",
+        "./nothing",
+        "~/nothing",
+        "~nosuchuser/x",
+        "nothing",
+        "a/b/c",
+        "no one/has this",
+        "x/..",
+        "/x",
+        "/etc/passwd/x",
+        "~nosuchuser",
+        "x" * 5000,
+    ],
 )
 def test_no_such_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from HF_HUB_OFFLINE

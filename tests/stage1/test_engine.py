@@ -1,6 +1,7 @@
 """The naive engine: order, ends, refusals, and texts that depend on their own request alone."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,19 +148,104 @@ REFUSALS: dict[str, tuple[Request, str]] = {
     "stop at an unknown token": (request("x", stop_token_ids=[5, VOCAB_SIZE]), "stop_token_ids .*320"),
     "taken id": (dataclasses.replace(GOOD, params=ENDLESS), "'good' is being served"),
     "seed of 65 bits": (request("x", seed=2**63), "seed"),
+    "an unknown token allowed": (request("x", allowed_token_ids=[1, VOCAB_SIZE]), "allowed_token_ids .*320"),
+    "bad words of one": (request("x", bad_words_ids=[[1], [2, -3]]), "bad_words_ids .* -3"),
+    "more least than most": (request("x", min_tokens=3, max_tokens=2), "min_tokens .* most max_tokens 2"),
+    "nothing allowed": (
+        request("x", allowed_token_ids=[4], bad_words_ids=[[4]]),
+        "allowed_token_ids, .*no tok",
+    ),
+    "all words bad": (
+        request("x", bad_words_ids=[[t] for t in range(VOCAB_SIZE)]),
+        "bad_words_ids .*no token",
+    ),
+    "only an end, too early": (request("x", allowed_token_ids=[EOS], min_tokens=1), "min_tokens .*no token"),
 }
+PARAMS = {
+    "no prompt": "prompt", "prompt fills the context": "prompt", "prompt exceeds it": "prompt",
+    "max_tokens exceeds it": "max_tokens", "unknown token": "prompt", "negative token": "prompt",
+    "taken id": None, "seed of 65 bits": "seed", "bias of an unknown token": "logit_bias",
+    "stop at an unknown token": "stop_token_ids", "an unknown token allowed": "allowed_token_ids",
+    "bad words of one": "bad_words_ids", "more least than most": "min_tokens",
+    "nothing allowed": "allowed_token_ids", "all words bad": "bad_words_ids",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refused_is_not_queued(engine: Engine, case: str) -> None:
     wrong, message = REFUSALS[case]
     engine.add(GOOD)
-    with pytest.raises(RequestRefused, match=message):
+    with pytest.raises(RequestRefused, match=message) as caught:
         engine.add(wrong)
+    assert caught.value.param == PARAMS.get(case, caught.value.param)
     outputs = []
     while engine.has_work:
         outputs += engine.step()
     assert [output.request_id for output in outputs] == ["good", "good"]
+
+
+@pytest.mark.parametrize("ends", ["eos", "ignored eos", "own"])
+def test_no_end_before_min_tokens(engine: Engine, ends: str) -> None:
+    """Every stop token is forbidden until then, however probable, and nothing else is."""
+    own = {"stop_token_ids": [EOS]} if ends == "own" else {}
+    wanted = request(
+        logit_bias={EOS: 100.0}, min_tokens=4, max_tokens=7, ignore_eos=ends != "eos", temperature=0.0, **own
+    )
+    (outputs,) = run(engine, wanted)
+    (free,) = run(engine, request(logit_bias={EOS: -100.0}, max_tokens=4, temperature=0.0))
+    tokens = tokens_of(outputs)
+    assert tokens[:4] == tokens_of(free)
+    assert tokens[4:] == [EOS] * (3 if ends == "ignored eos" else 1)
+    assert outputs[-1].finish_reason == ("length" if ends == "ignored eos" else "stop")
+
+
+def test_only_allowed_tokens_come(engine: Engine) -> None:
+    (outputs,) = run(engine, request(allowed_token_ids=[5, 300, 31, 32], max_tokens=30, temperature=3.0))
+    assert set(tokens_of(outputs)) == {5, 300, 31, 32}
+    (one,) = run(engine, request(allowed_token_ids=[EOS, 7], max_tokens=3, min_tokens=3, ignore_eos=False))
+    assert tokens_of(one) == [7, 7, 7]
+
+
+def test_bad_words_do_not_come(engine: Engine) -> None:
+    words = [[0], [1, 2], [3, 4, 3], [5, 5, 5, 5]]
+    (outputs,) = run(
+        engine,
+        request(
+            prompt=[1],
+            allowed_token_ids=range(6),
+            bad_words_ids=words,
+            max_tokens=39,
+            temperature=9.0,
+            seed=2,
+        ),
+    )
+    text = [f"{token}" for token in tokens_of(outputs)]
+    assert len(text) == 39
+    assert not any("".join(map(str, word)) in "".join(text) for word in words)
+    assert {"55", "43"} <= {a + b for a, b in itertools.pairwise(text)}, "parts of them may"
+    (after_prompt,) = run(
+        engine, request(prompt=[1], allowed_token_ids=[2], bad_words_ids=words, max_tokens=1)
+    )
+    assert tokens_of(after_prompt) == [2], "the prompt is no part of the answer"
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_scores_of_the_prompt_are_those_of_the_next_token(engine: Engine, count: int) -> None:
+    """As if each of its tokens had been drawn."""
+    prompt = [1, 7, 300, 7, 9]
+    first, second = run(engine, request(prompt=prompt, max_tokens=2, prompt_logprobs=count))[0]
+    assert second.prompt_logprobs is None
+    assert first.prompt_logprobs is not None
+    assert len(first.prompt_logprobs) == len(prompt) - 1
+    for n, score in enumerate(first.prompt_logprobs, start=1):
+        forced = request(prompt=prompt[:n], allowed_token_ids=[prompt[n]], logprobs=count, max_tokens=1)
+        ((drawn,),) = run(engine, forced)
+        assert drawn.logprobs is not None
+        assert score.chosen == pytest.approx(drawn.logprobs.chosen, abs=1e-5)
+        assert [token for token, _ in score.top] == [token for token, _ in drawn.logprobs.top]
+        assert len(score.top) == count
+    ((alone,),) = run(engine, request(prompt=[4], max_tokens=1, prompt_logprobs=count))
+    assert alone.prompt_logprobs == []
 
 
 def test_the_longest_that_fits_is_served(engine: Engine) -> None:

@@ -42,9 +42,9 @@ def kept(logits: Sequence[float], top_k: int, top_p: float, min_p: float) -> set
     chosen, mass = [], 0.0
     for token, prob in zip(order, probs, strict=True):
         if currently_in_test_context():  # rounding may decide either way
-            assume(top_p == 1 or not chosen or abs(mass - top_p) > 1e-6)
+            assume(top_p in (0, 1) or not chosen or abs(mass - top_p) > 1e-6)
             assume(min_p in (0, 1) or abs(prob - min_p * probs[0]) > 1e-6 * min_p * probs[0])
-        if (mass < top_p or top_p == 1) and prob >= min_p * probs[0]:
+        if (mass < top_p or top_p == 1 or not chosen) and prob >= min_p * probs[0]:
             chosen.append(token)
         mass += prob
     return {token for token in range(len(logits)) if logits[token] >= min(logits[t] for t in chosen)}
@@ -61,7 +61,7 @@ def survivors(logits: Tensor, batch: SamplingBatch) -> list[set[int]]:
     return [set(row.isfinite().nonzero().flatten().tolist()) for row in filtered]
 
 
-TOP_P = st.one_of(st.just(1.0), st.floats(0.001, 0.999))
+TOP_P = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.001, 0.999))
 MIN_P = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.001, 0.999))
 
 

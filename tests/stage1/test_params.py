@@ -15,7 +15,7 @@ make: Make = SamplingParams
 
 ALLOWED = {
     "temperature": [0, 0.0, 1e-9, 1.0, 2, 100.0],
-    "top_p": [1e-3, 0.5, 1, 1.0],
+    "top_p": [0, 0.0, 1e-3, 0.5, 1, 1.0],
     "min_p": [0, 0.0, 0.5, 1.0],
     "frequency_penalty": [-2.0, 0, 2.0],
     "presence_penalty": [-2.0, 0, 2.0],
@@ -25,10 +25,14 @@ ALLOWED = {
     "logprobs": [None, 0, 20],
     "seed": [None, 0, -1, 2**63 - 1, -(2**63)],
     "max_tokens": [None, 1, 2**31 - 1],
+    "min_tokens": [0, 1, 2**31 - 1],
+    "prompt_logprobs": [None, 0, 20],
+    "allowed_token_ids": [None, [3], (3, 0, 3)],
+    "bad_words_ids": [(), [], [[3]], [(3, 4), [5]]],
 }
 REFUSED = {
     "temperature": [-0.1, 100.1, math.nan, math.inf],
-    "top_p": [0.0, -0.5, 1.01, math.nan],
+    "top_p": [-0.5, 1.01, math.nan],
     "min_p": [-0.01, 1.01, math.nan],
     "frequency_penalty": [-2.01, 2.01, math.nan, -math.inf],
     "presence_penalty": [-2.01, 2.01, math.nan],
@@ -38,6 +42,8 @@ REFUSED = {
     "logprobs": [-1, 21],
     "seed": [2**63, -(2**63) - 1],
     "max_tokens": [0, -1, 2**31],
+    "min_tokens": [-1, 2**31],
+    "prompt_logprobs": [-1, 21],
 }
 
 
@@ -54,11 +60,19 @@ def test_values_out_of_range_are_named(name: str, value: object) -> None:
     assert given in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["top_k", "logprobs", "seed", "max_tokens"])
+@pytest.mark.parametrize("name", ["top_k", "logprobs", "seed", "max_tokens", "min_tokens", "prompt_logprobs"])
 def test_whole_numbers_only(name: str) -> None:
     """`max_tokens=2.5` would never be reached, and half a seed is none."""
     with pytest.raises((ValueError, TypeError), match=name):
         make(**{name: 2.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("allowed_token_ids", []), ("bad_words_ids", [[]]), ("bad_words_ids", [[1], ()])]
+)
+def test_no_tokens_are_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be .*at least one token"):
+        make(**{name: value})
 
 
 def test_the_default_is_the_models_own_distribution() -> None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
 from stages.interface import Request, SamplingParams
+from stages.stage1_naive.mask import RequestMask, apply_mask, needs_mask
 from stages.stage1_naive.sampling import SamplingBatch, gumbel_noise, sample
 from tests.stage1.test_filters import kept, penalised, softmax
 
@@ -27,6 +30,7 @@ CASES = {
     "top_k 1": SamplingParams(top_k=1),
     "top_p": SamplingParams(top_p=0.8),
     "tiny top_p": SamplingParams(top_p=1e-9),
+    "no top_p": SamplingParams(top_p=0.0),
     "min_p": SamplingParams(min_p=0.2),
     "frequency": SamplingParams(frequency_penalty=0.7),
     "negative frequency": SamplingParams(frequency_penalty=-0.4),
@@ -45,6 +49,10 @@ CASES = {
         logit_bias={3: 1.0},
         logprobs=3,
     ),
+    "allowed": SamplingParams(allowed_token_ids=[1, 4, 8], top_p=0.9),
+    "bad words": SamplingParams(bad_words_ids=[[0], [5, 2], [0, 5, 1], [5, 5, 3]], logit_bias={9: 5.0}),
+    "no end yet": SamplingParams(min_tokens=6, stop_token_ids=[1], temperature=1.3),
+    "no end any more": SamplingParams(min_tokens=5, stop_token_ids=[1]),
     "greedy": SamplingParams(temperature=0.0),
     "nearly greedy": SamplingParams(temperature=1e-30, top_p=0.9),
     "logprobs": SamplingParams(logprobs=5),
@@ -63,12 +71,25 @@ def draw(params: SamplingParams, direction: str, dtype: torch.dtype = torch.floa
     batch = SamplingBatch.of([(Request("r", PROMPT, params), OUTPUT)] * DRAWS, len(LOGITS), CPU)
     seeds, positions = DIRECTIONS[direction]
     batch = dataclasses.replace(batch, seeds=seeds, positions=positions)
+    if needs_mask(params, len(OUTPUT)):
+        row = RequestMask(params, len(LOGITS), params.stop_token_ids).row(PROMPT + OUTPUT, len(PROMPT))
+        batch = dataclasses.replace(batch, mask=torch.from_numpy(row).expand(DRAWS, -1))
     return sample(torch.tensor([LOGITS] * DRAWS, dtype=dtype), batch).tokens
+
+
+def may_come(token: int, params: SamplingParams) -> bool:
+    after = [*OUTPUT, token]
+    return not (
+        (params.allowed_token_ids is not None and token not in params.allowed_token_ids)
+        or any(after[-len(word) :] == list(word) for word in params.bad_words_ids)
+        or (token in params.stop_token_ids and len(OUTPUT) < params.min_tokens)
+    )
 
 
 def promised(params: SamplingParams) -> np.ndarray:
     """The probability of each token, computed exactly."""
-    logits = penalised(LOGITS, params, PROMPT, OUTPUT)
+    logits = [x if may_come(token, params) else -np.inf for token, x in enumerate(LOGITS)]
+    logits = penalised(logits, params, PROMPT, OUTPUT)
     scaled = [logit / max(params.temperature, 1e-5) for logit in logits]
     left = kept(scaled, params.top_k, params.top_p, params.min_p)
     return np.array(softmax([x if token in left else -np.inf for token, x in enumerate(scaled)]))
@@ -235,3 +256,55 @@ def test_extreme_logits_and_temperatures(temperature: float, scale: float) -> No
     assert sampled.tokens.item() != 4
     assert sampled.tokens.item() == 2 or scale / temperature < 10
     assert not np.isnan(sampled.logprobs(0, 2).chosen)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_that_are_no_numbers_draw_nothing(case: str, wrong: float) -> None:
+    """Wherever they are in the row; and the rows beside it draw what they do without it."""
+    logits = torch.tensor([LOGITS] * 12)
+    batch = SamplingBatch.of(
+        [(Request("r", PROMPT, CASES[case], seed=n), OUTPUT) for n in range(12)], 10, CPU
+    )
+    expected = sample(logits, batch).tokens
+    for token in range(10):
+        logits[token, token] = wrong
+    logits[10] = -torch.inf
+    sampled = sample(logits, batch)
+    assert sampled.tokens.tolist() == [*[-1] * 11, int(expected[11])]
+
+
+def test_a_mask_hides_no_wrong_logit_and_may_leave_nothing() -> None:
+    logits = torch.tensor([LOGITS] * 4)
+    logits[1, 3], logits[2, 3] = torch.nan, torch.inf
+    batch = SamplingBatch.of([(Request("r", PROMPT, SamplingParams()), [])] * 4, 10, CPU)
+    mask = torch.tensor([[1 << 7]] * 3 + [[0]], dtype=torch.int32)
+    assert sample(logits, dataclasses.replace(batch, mask=mask)).tokens.tolist() == [7, -1, -1, -1]
+
+
+@given(
+    st.integers(1, 70), st.lists(st.integers(0, 5), max_size=12),
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), max_size=8),
+    st.none() | st.sets(st.integers(0, 5), min_size=1), st.sets(st.integers(0, 9), max_size=3),
+    st.integers(0, 8), st.integers(0, 4),
+)  # fmt: skip
+def test_masks_equal_their_definition(
+    more: int, output: list[int], words: list[list[int]], allowed: set[int] | None, stops: set[int],
+    least: int, prompt: int,
+) -> None:  # fmt: skip
+    """The same object makes the rows of all lengths of one output, in any order."""
+    vocab = 5 + more
+    params = SamplingParams(
+        allowed_token_ids=None if allowed is None else list(allowed), bad_words_ids=words, min_tokens=least
+    )
+    mask = RequestMask(params, vocab, stops)
+    for length in (*range(len(output) + 1), 0):
+        tokens = [*[3] * prompt, *output[:length]]
+        bits = torch.from_numpy(mask.row(tokens, prompt)).unsqueeze(0)
+        assert bits.shape == (1, -(-vocab // 32))
+        may = apply_mask(torch.zeros(1, vocab), bits)[0] == 0
+        for token in range(vocab):
+            after = [*output[:length], token]
+            wrong = any(after[-len(word) :] == word for word in words)
+            early = token in stops and length < least
+            assert bool(may[token]) == (not wrong and not early and (allowed is None or token in allowed))

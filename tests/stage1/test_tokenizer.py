@@ -1,6 +1,8 @@
 """Encode, chat templates, decode: the folder that is loaded, and what of it may fail."""
 
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from stages.stage1_naive.tokenizer import Tokenizer
 from tests.checkpoints import EOS, VOCAB_SIZE, byte_tokenizer
+from tests.vocabularies import KINDS, save
 
 MARK = EOS + 1
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -170,3 +173,80 @@ def test_many_threads_may_encode_and_chat(tokenizer: Tokenizer) -> None:
         written = list(pool.map(tokenizer.decode, chatted))
     assert decoded == texts
     assert written == [f"<user>{text}\n<assistant>" for text in texts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["LlamaTokenizerFast", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", None]
+)
+def test_the_file_decides_and_not_the_class_it_names(kind: str, name: str | None, tmp_path: Path) -> None:
+    """Folders name classes of other models; `transformers` would change normalizers for them."""
+    backend = KINDS[kind]()
+    save(backend, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    for text in (" Paris is  the capital", "true</s> true", "café\nx = (true)"):
+        ids = backend.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
+def test_chat_may_continue_its_last_message(tokenizer: Tokenizer) -> None:
+    messages = [*CHAT, {"role": "assistant", "content": "Sure,"}]
+    going_on = tokenizer.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert going_on == "<user>Hi\n<assistant>Sure,"
+    assert tokenizer.render(messages, add_generation_prompt=False) == f"{going_on}\n"
+    assert tokenizer.render(messages) == f"{going_on}\n<assistant>"
+
+
+def test_the_tokenizers_own_end_is_known(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.eos_token_ids == (EOS,)
+    fast = byte_tokenizer()
+    fast.eos_token = None
+    fast.save_pretrained(tmp_path)
+    assert Tokenizer(tmp_path).eos_token_ids == ()
+
+
+def test_no_text_has_fewer_tokens_than_its_length_allows(tmp_path: Path) -> None:
+    for kind, make in KINDS.items():
+        tokenizer = Tokenizer(save(make(), tmp_path / kind))
+        longest = max((tokenizer.token(i) for i in tokenizer._known), key=len)
+        assert tokenizer.longest_token >= len(longest)
+
+
+def test_bad_words_are_found_where_a_text_begins_and_after_a_space(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(save(KINDS["byte level"](), tmp_path))
+    begins, follows = (tokenizer.encode(text) for text in ("true", " true"))
+    assert tokenizer.bad_words_ids(["true", " true"]) == [begins, follows]
+    assert tokenizer.bad_words_ids([]) == []
+    with pytest.raises(ValueError, match="must not be empty"):
+        tokenizer.bad_words_ids(["true", ""])
+
+
+def test_the_bytes_of_the_parts_of_a_character(tmp_path: Path) -> None:
+    for kind in ("byte level", "sentencepiece"):
+        tokenizer = Tokenizer(save(KINDS[kind](), tmp_path / kind))
+        ids = tokenizer.encode("👍", add_special_tokens=False)
+        data = b"".join(tokenizer.bytes_of(i, "") for i in ids if not tokenizer.token(i).isspace())
+        assert data.endswith("👍".encode())
+
+
+def test_encoding_lets_go_of_the_interpreter(tokenizer: Tokenizer) -> None:
+    """The server's event loop goes on beside it: this thread is not asleep, it must be let run."""
+    done = threading.Event()
+    text = "a long text without an end " * 40_000
+
+    def encode() -> None:
+        tokenizer.encode(text)
+        done.set()
+
+    rounds, interval = 0, sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # from now on a thread that holds the interpreter keeps it
+    try:
+        threading.Thread(target=encode).start()
+        while not done.wait(0.001):
+            rounds += 1
+    finally:
+        sys.setswitchinterval(interval)
+    assert rounds > 5

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Ops, Transformer
@@ -122,8 +123,28 @@ def test_a_file_cut_short_is_named(qwen3: Path) -> None:
 
 
 def test_a_folder_without_weights(qwen3: Path) -> None:
-    (qwen3 / "model.safetensors").rename(qwen3 / "model.bin")
-    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
+    (qwen3 / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json$"
+    ):
+        load(qwen3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "no safetensors"),
+        ("model.pt", "no safetensors"),
+        ("tf_model.h5", "no safetensors"),
+        ("flax_model.msgpack", "no safetensors"),
+        ("model-Q8_0.gguf", "in the format GGUF"),
+        ("consolidated.safetensors", "in Mistral's own layout"),
+        ("model-00001-of-00001.safetensors", "not read"),
+    ],
+)
+def test_weights_in_another_format_are_named(name: str, said: str, qwen3: Path) -> None:
+    (qwen3 / "model.safetensors").rename(qwen3 / name)
+    with pytest.raises(ValueError, match=rf"holds no model\.safetensors .*; {name} is {said}"):
         load(qwen3)
 
 
@@ -145,6 +166,35 @@ def test_files_beside_the_index_do_not_count(sharded: Path) -> None:
     """Mistral's own folders hold the weights twice, in another naming too."""
     save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, sharded / "consolidated.safetensors")
     assert len(load(sharded).layers) == 3
+
+
+def test_the_whole_file_comes_before_the_index(sharded: Path) -> None:
+    """As in `transformers`; and what is beside it is not read."""
+    other = write_checkpoint(sharded / "other", "llama", seed=1)
+    (other / "model.safetensors").rename(sharded / "model.safetensors")
+    (sharded / "model.fp16.safetensors").write_bytes(b"damaged")
+    assert torch.equal(load(sharded).head, load_file(sharded / "model.safetensors")["lm_head.weight"])
+    theirs = AutoModelForCausalLM.from_pretrained(sharded)
+    assert torch.equal(load(sharded).head, theirs.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["nothing.safetensors", "../x.safetensors", "/etc/passwd", "."])
+def test_an_index_that_names_other_files(name: str, sharded: Path) -> None:
+    save_file({}, sharded.parent / "x.safetensors")
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"index\.json names {name}, which is not a file in this folder"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_quantized_numbers_are_not_taken_for_weights(dtype: torch.dtype, qwen3: Path) -> None:
+    name = LAYER + "mlp.up_proj.weight"
+    edit(qwen3, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"{name} in {qwen3} is stored as \w+, .* no quantization_config"):
+        load(qwen3)
 
 
 def test_shards_give_the_same_model(sharded: Path, checkpoint: Callable[[str], Path]) -> None:

@@ -17,11 +17,20 @@ def token_at(request: Request, position: int) -> int:
     """What stands at a position of a request's sequence: its prompt, then a function of seed and position."""
     if position < len(request.prompt):
         return request.prompt[position]
+    if fails(request):
+        return 0  # of the row that is under way when it is found
     return random.Random(f"{request.seed} {position}").choice([EOS, *range(1, VOCAB)])
+
+
+def fails(request: Request) -> bool:
+    """Whether no token can be drawn for it; greedy stands for that here."""
+    return request.params.temperature == 0
 
 
 def expected_output(request: Request, context: int) -> tuple[list[int], str]:
     """All tokens of a request that is served to its end, and why it ends."""
+    if fails(request):
+        return [0], "error"
     start, limit = len(request.prompt), context
     if request.params.max_tokens is not None:
         limit = start + request.params.max_tokens
@@ -65,7 +74,7 @@ class FakeRunner:
                 )
             if row.samples:
                 self._newest[row.slot] = token_at(request, row.end)
-                sampled.append(SampledToken(self._newest[row.slot]))
+                sampled.append(SampledToken(-1 if fails(request) else self._newest[row.slot]))
         return sampled
 
     def _where(self, row: Row, position: int) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -9,6 +11,7 @@ from stages.interface import Engine, Request, SamplingParams
 from stages.stage2_paged.attention.choice import choose
 from tests.checkpoints import VOCAB_SIZE
 from tests.oracle import run_engine
+from tests.stage2.bad_case import BAD
 
 MEAN, MOST = 0.03, 0.25  # of log-probabilities; bfloat16 against float32 on a CPU: 0.008, 0.046
 Scores = tuple[list[int], torch.Tensor]  # tokens, and the log-probability of each
@@ -26,6 +29,43 @@ def forced(lengths: Iterable[int], stem: int = 0) -> Iterator[Request]:
         )
         prompt = [*shared[: length - 1], *rng.choices(range(VOCAB_SIZE), k=length)][:length]
         yield Request(str(i), prompt, params)
+
+
+def with_mask(request: Request) -> Request:
+    """A request of `forced` again: the one token is all that it may draw."""
+    params = replace(request.params, allowed_token_ids=list(request.params.logit_bias), logit_bias={})
+    return replace(request, params=params)
+
+
+def without_bad(request: Request) -> Request:
+    """A request of `forced` again, without the token that a model of `write_bad` cannot compute."""
+    token = next(iter(request.params.logit_bias))
+    params = replace(request.params, logit_bias={token if token != BAD else 0: 100.0})
+    return replace(request, prompt=[t if t != BAD else 0 for t in request.prompt], params=params)
+
+
+def with_bad(request: Request, where: int) -> Request:
+    """Another request, that has that token."""
+    prompt = list(request.prompt)
+    prompt[where % len(prompt)] = BAD
+    return replace(request, id=f"bad {request.id}", prompt=prompt)
+
+
+def assert_bad_neighbours_do_no_harm(engine: Any, fresh: Engine, lengths: list[int], stem: int) -> None:
+    """Half of the requests fail; those of the other half say what they say alone, on `fresh`. All pages hold
+    NaN before, and the table knows it."""
+    cache = getattr(engine._runner, "_eager", engine._runner).cache
+    for table in (cache.keys, cache.values):
+        table[:, : cache.num_pages] = torch.nan
+    engine._table._soiled.update(range(cache.num_pages))
+    good = [without_bad(request) for request in forced(lengths, stem)]
+    bad = [with_bad(request, 7 * i) for i, request in enumerate(good)]
+    alone = score(fresh, good)
+    outputs = run_engine(engine, [request for pair in zip(bad, good, strict=True) for request in pair])
+    assert all(outputs[request.id][-1].finish_reason == "error" for request in bad)
+    beside = [output for request in good for output in outputs[request.id]]
+    scores = torch.tensor([o.logprobs.chosen for o in beside if o.logprobs is not None])
+    assert_alike(([output.token_id for output in beside], scores), alone)
 
 
 def mixed_lengths(count: int) -> list[int]:

@@ -18,7 +18,8 @@ PAGES = {1: 70, 16: 5}  # so few that requests run out of them and prefixes are 
 
 
 class LateEngine:
-    """The parts of an engine as stage 5 will drive them: a batch is committed after the next was launched."""
+    """The parts of an engine as stage 5 will drive them: a batch is committed after the next was launched, or
+    with a mask, after its forward was."""
 
     def __init__(self, engine: Any) -> None:
         self._table, self._scheduler, self._runner = engine._table, engine._scheduler, engine._runner
@@ -37,8 +38,11 @@ class LateEngine:
     def step(self) -> list[TokenOutput]:
         batch = self._scheduler.schedule()
         before = self._under_way
-        self._under_way = (batch, self._runner.launch(batch)) if batch else None
-        return self._table.commit(before[0], before[1].wait()) if before else []
+        computed = self._runner.forward(batch) if batch else None
+        pending = self._runner.sample(computed) if batch and not batch.masked else None
+        outputs = self._table.commit(before[0], before[1].wait()) if before else []
+        self._under_way = (batch, pending or self._runner.sample(computed)) if batch else None
+        return outputs
 
 
 def settings(path: Path, **more: Any) -> dict[str, Any]:

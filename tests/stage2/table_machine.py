@@ -17,7 +17,7 @@ from stages.stage2_paged.batch import Batch
 from stages.stage2_paged.prefix_cache import PrefixCache
 from stages.stage2_paged.request_table import RequestTable, SampledToken
 from stages.stage2_paged.scheduler import Scheduler
-from tests.stage2.fakes import EOS, VOCAB, FakeRunner, expected_output
+from tests.stage2.fakes import EOS, VOCAB, FakeRunner, expected_output, fails
 
 CONTEXT = 40
 EXAMPLES = int(os.environ.get("TABLE_EXAMPLES", "40"))  # more by hand
@@ -55,13 +55,16 @@ class TableMachine(RuleBasedStateMachine):
     @rule(
         length=st.integers(1, 8) | st.integers(1, CONTEXT), max_tokens=st.none() | st.integers(1, 30),
         seed=st.integers(0, 3), follows=st.integers(0, 9), ignore_eos=st.booleans(),
-        stops=st.lists(st.integers(1, VOCAB - 1), max_size=3),
+        stops=st.lists(st.integers(1, VOCAB - 1), max_size=3), bad=st.integers(0, 7).map(lambda n: n == 7),
     )  # fmt: skip
     def add(
-        self, length: int, max_tokens: int | None, seed: int, follows: int, ignore_eos: bool, stops: list[int]
-    ) -> None:
+        self, length: int, max_tokens: int | None, seed: int, follows: int, ignore_eos: bool,
+        stops: list[int], bad: bool,
+    ) -> None:  # fmt: skip
         name = str(len(self.requests))
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stops)
+        params = SamplingParams(
+            temperature=float(not bad), max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stops
+        )
         prompt = [1 + (seed + i * i) % 7 for i in range(length)]
         if (before := str(follows)) in self.ended:  # the next turn of a conversation
             turn = [*self.requests[before].prompt, *self.outputs[before], 5, 6]
@@ -107,14 +110,23 @@ class TableMachine(RuleBasedStateMachine):
         self.seen["preempted in mid-prompt"] += sum(s.slot is None for s in reading)
         self.seen["preempted in flight"] += sum(s.slot is None and s.in_flight for s in running)
         launched = None
+        matched = self.table._soiled.isdisjoint
         if batch is not None:
+            assert all(
+                matched(row.sequence.pages[: row.sequence.matched]) for row in batch.rows if row.enters
+            )
+            self.seen["cleared"] += len(batch.soiled)
             self._check_batch(batch, waiting)
             launched = batch, self.runner.launch(batch)
         if abort is not None:
             self._abort(abort)
         now, self.in_flight = (self.in_flight, launched) if self.late else (launched, None)
         if now is not None:
-            for output in self.table.commit(*now):
+            before = {id(s) for s in (*self.table.waiting, *self.table.running)}
+            outputs = self.table.commit(*now)
+            left = {id(s) for s in (*self.table.waiting, *self.table.running)}
+            self.seen["tried again"] += len(left - before)
+            for output in outputs:
                 assert output.request_id in self.live, "no output follows an end or an abort"
                 self.outputs[output.request_id].append(output.token_id)
                 if output.finish_reason is not None:
@@ -173,7 +185,8 @@ class TableMachine(RuleBasedStateMachine):
 
     def _most_steps(self) -> int:
         """How many steps the live requests can take, of which each brings a token or waits for one."""
-        left = sum(len(expected_output(self.requests[n], self.context)[0]) for n in self.live)
+        lives = [self.requests[n] for n in self.live]
+        left = sum(len(expected_output(r, self.context)[0]) + fails(r) for r in lives)
         return (2 * left + 2 if self.late else left) + 1
 
     def teardown(self) -> None:

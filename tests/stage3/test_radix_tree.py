@@ -2,7 +2,6 @@
 
 import os
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -181,17 +180,3 @@ def test_costs_do_not_grow_with_what_is_cached() -> None:
 
     few, many = cost(10), cost(2000)
     assert many <= few + 32, f"{few} comparisons with 10 prompts cached, {many} with 2,000"
-
-
-def test_speed_is_not_absurd() -> None:
-    """`python -m minisgl.bench radix` measures the figures; this guards against another order of growth."""
-    rng, tree = random.Random(0), RadixTree(16)
-    prompts = [rng.choices(range(50_000), k=1000) for _ in range(500)]
-    start = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        tree.insert(prompt[:992], list(range(62 * i, 62 * i + 62)))
-    for prompt in prompts:
-        assert len(tree.match(prompt)[0]) == 62
-    while tree.cached:
-        tree.evict(7)
-    assert time.perf_counter() - start < 2

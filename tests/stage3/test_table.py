@@ -22,7 +22,16 @@ TestLate = machine(TableMachine, seen, late=True, make_cache=WatchedRadixCache)
 def test_the_machines_met_what_they_are_for() -> None:
     if not seen:
         pytest.skip("the machines were not run")
-    for what in ("aborted", "preempted", "preempted in flight", "discarded rows", "cache hits", "evicted"):
+    for what in (
+        "aborted",
+        "preempted",
+        "preempted in flight",
+        "discarded rows",
+        "cache hits",
+        "evicted",
+        "tried again",
+        "cleared",
+    ):
         assert seen[what] > 0, what
 
 

@@ -15,8 +15,19 @@ from stages.stage2_paged.engine import build as build_stage2
 from stages.stage5_overlap.engine import EngineConfig, build
 from stages.stage5_overlap.fused import KERNELS
 from stages.stage5_overlap.graph_runner import GraphRunner
-from tests.checkpoints import VOCAB_SIZE, write_checkpoint
-from tests.stage2.gpu_case import Scores, assert_alike, available, forced, mixed_lengths, score
+from tests.checkpoints import EOS, VOCAB_SIZE, write_checkpoint
+from tests.oracle import run_engine
+from tests.stage2.bad_case import write_bad
+from tests.stage2.gpu_case import (
+    Scores,
+    assert_alike,
+    assert_bad_neighbours_do_no_harm,
+    available,
+    forced,
+    mixed_lengths,
+    score,
+    with_mask,
+)
 
 pytestmark = pytest.mark.gpu
 STEM = 100  # tokens that most prompts share
@@ -56,6 +67,56 @@ def test_scores_with_parts_switched_off(
         pytest.skip(why)
     engine = make(model, attention=attention, overlap=overlap, graphs=graphs)
     assert_alike(score(engine, forced(mixed_lengths(64), STEM)), expected)
+
+
+@pytest.mark.parametrize(("overlap", "graphs"), [(True, True), (True, False), (False, True)])
+def test_a_mask_forces_what_a_bias_does(model: Path, expected: Scores, overlap: bool, graphs: bool) -> None:
+    """Every second request has one; the others are beside them in the same batches."""
+    requests = [
+        with_mask(request) if i % 2 else request for i, request in enumerate(forced(mixed_lengths(64), STEM))
+    ]
+    assert_alike(score(make(model, overlap=overlap, graphs=graphs), requests), expected)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_first_end_after_min_tokens(model: Path, overlap: bool) -> None:
+    """A step's mask is made of the tokens before it, and a request behind its masks is replayed plainly."""
+    params = SamplingParams(temperature=0.8, logit_bias={EOS: 100.0}, max_tokens=30)
+    requests = [Request(str(i), [i + 1, 2], replace(params, min_tokens=i), seed=i) for i in range(20)]
+    pairs = replace(params, logit_bias={}, allowed_token_ids=[5, 6], bad_words_ids=[[5, 5], [6, 6]])
+    requests += [Request(f"pairs {i}", [i, i], pairs, seed=i) for i in range(6)]
+    outputs = run_engine(make(model, overlap=overlap), requests)
+    for i in range(20):
+        assert [output.token_id == EOS for output in outputs[str(i)]] == [False] * i + [True]
+    for i in range(6):
+        tokens = [output.token_id for output in outputs[f"pairs {i}"]]
+        assert tokens in ([5, 6] * 15, [6, 5] * 15)
+
+
+@pytest.mark.parametrize("fused", ["all", "-decode", "none"])
+@pytest.mark.parametrize("attention", ["torch", "flashinfer", "flash_attn"])
+def test_nan_beside_does_no_harm(tmp_path: Path, attention: str, fused: str) -> None:
+    if why := available(attention):
+        pytest.skip(why)
+    bad_model = write_bad(tmp_path, "qwen3", head_dim=64, initializer_range=0.1)
+    engine, fresh = (make(bad_model, attention=attention, fused=fused, num_pages=90) for _ in range(2))
+    assert_bad_neighbours_do_no_harm(engine, fresh, mixed_lengths(64), STEM)
+
+
+def test_scores_of_a_prompt_are_those_of_stage_2(model: Path) -> None:
+    """In chunks, on fused kernels, beside others; nothing of it is taken from the prefix cache."""
+    asked = [
+        replace(request, params=replace(request.params, prompt_logprobs=3))
+        for request in forced(mixed_lengths(24), STEM)
+    ]
+    plain = PagedConfig(model=str(model), device="cuda", dtype="bfloat16", attention="torch", num_pages=2000)
+    found = []
+    for engine in (build_stage2(plain), make(model)):
+        outputs = run_engine(engine, asked)
+        found.append(torch.tensor([s.chosen for r in asked for s in outputs[r.id][0].prompt_logprobs or ()]))
+        assert engine.statistics.cached_tokens == 0
+    assert len(found[0]) == sum(len(request.prompt) - 1 for request in asked)
+    assert_alike(([], found[1]), ([], found[0]))
 
 
 @pytest.mark.parametrize("family", ["llama3-rope", "qwen2", "mistral"])

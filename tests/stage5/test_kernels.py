@@ -80,25 +80,29 @@ def test_linear(rows: int, size: int, depth: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 32])
 @pytest.mark.parametrize(("size", "depth"), [(64, 64), (10, 300), (6, 5120), (6, 8192)])
-def test_gated_linear(rows: int, size: int, depth: int) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_linear(rows: int, size: int, depth: int, bias: bool) -> None:
     x, weight = random(rows, depth), random(2 * size, depth, scale=depth**-0.5)
-    gate, up = torch.nn.functional.linear(x, weight).chunk(2, dim=-1)
+    b = random(2 * size) if bias else None
+    gate, up = torch.nn.functional.linear(x, weight, b).chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(linear(x, weight, None, PDL, gated=True), expected, **CLOSE)
+    torch.testing.assert_close(linear(x, weight, b, PDL, gated=True), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 20])
 @pytest.mark.parametrize(("size", "depth"), [(64, 64), (5, 1100), (2100, 130), (40, 5000)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_linear_that_normalises_and_adds(rows: int, size: int, depth: int, gated: bool) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_that_normalises_and_adds(rows: int, size: int, depth: int, gated: bool, bias: bool) -> None:
     x, weight = random(rows, depth, scale=3.0), random(size * (1 + gated), depth, scale=depth**-0.5)
     norm_weight, stream = random(depth), random(rows, size)
-    product = torch.nn.functional.linear(plain.rms_norm(x, norm_weight, 1e-6), weight)
+    b = random(size * (1 + gated)) if bias else None
+    product = torch.nn.functional.linear(plain.rms_norm(x, norm_weight, 1e-6), weight, b)
     if gated:
         gate, up = product.chunk(2, dim=-1)
         product = torch.nn.functional.silu(gate) * up
     expected = stream + product
-    result = linear(x, weight, None, PDL, gated, (norm_weight, 1e-6), onto=stream)
+    result = linear(x, weight, b, PDL, gated, (norm_weight, 1e-6), onto=stream)
     assert result is stream
     torch.testing.assert_close(stream, expected, rtol=0.02, atol=0.06 if CUDA else 1e-4)
 

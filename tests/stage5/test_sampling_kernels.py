@@ -63,7 +63,7 @@ def test_the_first_of_equals_is_taken() -> None:
 FILTERS: list[dict[str, Any]] = [
     {"top_k": 1}, {"top_k": 3}, {"top_k": 50}, {"top_k": 4000}, {"top_p": 0.9}, {"top_p": 0.001},
     {"top_p": 0.999}, {"min_p": 0.1}, {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}, {},
-    {"top_k": 2**31 - 1}, {"top_k": 7, "top_p": 0.5},
+    {"top_k": 2**31 - 1}, {"top_k": 7, "top_p": 0.5}, {"top_p": 0.0}, {"top_k": 9, "top_p": 0.0},
 ]  # fmt: skip
 
 
@@ -105,6 +105,27 @@ def test_everything_at_once(rows: int) -> None:
     params = [(every, greedy)[i % 2] for i in range(rows)]
     logits = (torch.randn(rows, 3000, device="cuda") * 3).to(torch.bfloat16)
     assert_same(logits, batch_of(params, 3000))
+    bits = torch.randint(-(2**31), 2**31, (rows, 94), device="cuda").int()
+    assert_same(logits, replace(batch_of(params, 3000), mask=bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [8, 60])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}, {"top_k": 7, "top_p": 0.0}]
+)
+def test_no_token_of_logits_that_are_no_numbers(rows: int, dtype: torch.dtype, filters: Any) -> None:
+    """Greedy or not, wherever they are; the rows beside them draw what they do without them."""
+    torch.manual_seed(0)
+    logits = torch.randn(rows, 9000, device="cuda").to(dtype)
+    batch = batch_of([SamplingParams(temperature=(i % 4) / 2, **filters) for i in range(rows)], 9000)
+    expected = sample(logits, batch).tokens
+    for row in range(0, rows, 2):
+        logits[row, (row * 997) % 9000] = torch.nan if row % 4 else torch.inf
+    logits[0], logits[2] = torch.nan, -torch.inf
+    assert (expected >= 0).all()
+    expected[::2] = -1
+    assert sample(logits, batch).tokens.tolist() == expected.tolist() == plain(logits, batch).tokens.tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -116,6 +137,8 @@ def test_shares_of_the_vocabulary_draw_what_the_whole_does(rows: int) -> None:
     size, ranks = 20_000, 4
     logits = torch.randn(rows, size, device="cuda").bfloat16()
     logits[0, 4999:5001] = 20.0  # equals, of two ranks: the first is taken
+    if rows > 1:
+        logits[1, 12_345], logits[2, 7] = torch.nan, torch.inf
     heat = torch.tensor([0.0, 0.7, 1.0] * rows, device="cuda")[:rows]
     low, high, positions = torch.randint(0, 1000, (3, rows), device="cuda", dtype=torch.int32)
     whole = torch.empty(rows, dtype=torch.int64, device="cuda")
@@ -126,9 +149,12 @@ def test_shares_of_the_vocabulary_draw_what_the_whole_does(rows: int) -> None:
         gathered.append(candidates)
         return torch.cat(gathered, dim=1)
 
-    tokens = torch.empty_like(whole)
+    tokens, newest = torch.empty_like(whole), torch.full((rows,), -7, device="cuda")
+    slots = torch.arange(rows, device="cuda", dtype=torch.int32)
     for rank, share in enumerate(logits.chunk(ranks, dim=1)):
         first = rank * size // ranks
-        draw(share, heat, low, high, positions, None, tokens, pdl=True, first=first, gather=gather)
+        draw(share, heat, low, high, positions, None, tokens, newest, slots, True, first, gather)
     assert tokens.tolist() == whole.tolist()
+    assert [token == -1 for token in tokens.tolist()] == [row in (1, 2) for row in range(rows)]
+    assert newest.tolist() == tokens.clamp(min=0).tolist()
     assert tokens[0] == 4999

@@ -135,6 +135,24 @@ def test_every_request_has_its_row(checkpoint: Callable[[str], Path], tmp_path: 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
+def test_a_batch_with_a_mask_is_sampled_by_itself(
+    checkpoint: Callable[[str], Path], tmp_path: Path, overlap: bool
+) -> None:
+    """Behind the commit of the batch before, if there is overlap."""
+    expected = run_engine(make(checkpoint("qwen3")), [request("it", [1, 2, 3], 6, min_tokens=4)])["it"]
+    engine = trace_engine(make(checkpoint("qwen3"), overlap=overlap), tmp_path / "trace.json")
+    assert_same_outputs(expected, run_engine(engine, [request("it", [1, 2, 3], 6, min_tokens=4)])["it"])
+    rows = read(tmp_path / "trace.json")
+    launches, samples = (named(rows["host", "launches"], name) for name in ("launch", "sample"))
+    assert (len(launches), len(samples)) == (6, 4)
+    assert len(named(rows["host", "host copies"], "wait for tokens")) == 6
+    commits = named(rows["host", "scheduler"], "commit")
+    for i, (launch, sample) in enumerate(zip(launches, samples, strict=False)):
+        between = [commit for commit in commits if launch["ts"] < commit["ts"] < sample["ts"]]
+        assert len(between) == (overlap and i > 0)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 def test_a_row_launched_for_a_request_that_had_ended(
     checkpoint: Callable[[str], Path], tmp_path: Path, overlap: bool
 ) -> None:

@@ -31,6 +31,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, self._store.port, theirs), daemon=True)
             process.start()
+            theirs.close()  # or the end of a rank that dies would not be noticed
             self._ends.append(ours)
             self._processes.append(process)
 

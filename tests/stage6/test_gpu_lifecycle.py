@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.checkpoints import write_checkpoint
+from tests.server.running import PATIENCE_S
 from tests.stage6.test_lifecycle import LONG, ranks_of, serving
 
 pytestmark = [
@@ -23,10 +24,10 @@ pytestmark = [
 @pytest.mark.parametrize("flags", [(), ("--no-one-shot",)])
 def test_a_rank_is_lost_under_load(tmp_path: Path, number: int, flags: tuple[str, ...]) -> None:
     """The other waits in a kernel then, of NCCL's or of ours, and cannot leave it by itself."""
-    said, limit = ("killed by SIGKILL", 15) if number == signal.SIGKILL else ("rank 1 is stopped", 25)
+    said = "killed by SIGKILL" if number == signal.SIGKILL else "rank 1 is stopped"
     model = write_checkpoint(tmp_path / "model", "qwen3", head_dim=64)
     arguments = ("--tp", "2", "--model-name", "tiny", "--num-pages", "500", "--max-rows", "8", *flags)
-    with serving(tmp_path / "logs", model, *arguments, patience=10) as server, ThreadPoolExecutor(4) as pool:
+    with serving(tmp_path / "logs", model, *arguments) as server, ThreadPoolExecutor(4) as pool:
 
         def ask() -> str:
             """One answer after the other, until there is none; why."""
@@ -40,9 +41,7 @@ def test_a_rank_is_lost_under_load(tmp_path: Path, number: int, flags: tuple[str
         time.sleep(2)
         assert not any(one.done() for one in asking)
         _, worker = ranks_of(server)
-        start = time.monotonic()
         os.kill(worker, number)
-        assert server.process.wait(limit) == 1
-        assert time.monotonic() - start < limit
-        assert any(said in one.result(10) for one in asking)
+        assert server.process.wait(PATIENCE_S) == 1
+        assert any(said in one.result(PATIENCE_S) for one in asking)
         assert said in server.stderr.splitlines()[-1]

@@ -14,9 +14,15 @@ from stages.stage6_parallel.link import portable
     "prompt", [(1, 2), range(1, 3), np.array([1, 2]), torch.tensor([1, 2]), [np.int64(1), 2]]
 )
 def test_any_sequence_of_tokens_becomes_a_list(prompt: Any) -> None:
-    params = SamplingParams(temperature=np.float32(0.5), logit_bias={3: np.float64(1.5)}, stop_token_ids=(7,))
+    params = SamplingParams(
+        temperature=np.float32(0.5), logit_bias={3: np.float64(1.5)}, stop_token_ids=(7,),
+        bad_words_ids=((1, 2),), allowed_token_ids=np.array([4]),
+    )  # fmt: skip
     request = portable(Request("a", prompt, params, seed=-5))
-    plain = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop_token_ids=[7])
+    plain = SamplingParams(
+        temperature=0.5, logit_bias={3: 1.5}, stop_token_ids=[7], bad_words_ids=[[1, 2]],
+        allowed_token_ids=[4],
+    )  # fmt: skip
     assert request == Request("a", [1, 2], plain, seed=-5)
     assert type(request.params.temperature) is float
 

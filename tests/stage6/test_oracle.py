@@ -10,6 +10,7 @@ import pytest
 from stages.interface import Request, SamplingParams
 from stages.stage5_overlap import engine as stage5
 from tests.oracle import assert_same_outputs
+from tests.stage2.bad_case import good_and_bad, write_bad
 from tests.stage2.oracle_case import CONTEXT, PAGES, oracle, settings, sharing
 from tests.stage6 import cases
 from tests.stage6.ranks import Ranks
@@ -58,6 +59,30 @@ def test_tokens_are_those_of_stage_1(
     if seed == 0 and size == 2:
         assert counted.cached_tokens > 0
         assert counted.evicted_pages > 0
+    assert {(statistics, tables) for _, statistics, tables in results} == {results[0][1:]}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_logits_that_are_nan_end_their_own_request(
+    tmp_path: Path, ranks: Callable[[int], Ranks], overlap: bool
+) -> None:
+    path = write_bad(tmp_path, "llama")
+    good, bad = good_and_bad([3, 9, 14, 20, 33, 5, 11, 17])
+    config = settings(
+        path,
+        tp=2,
+        attention="torch",
+        page_size=1,
+        num_pages=70,
+        max_rows=4,
+        prefill_budget=9,
+        overlap=overlap,
+    )
+    results = ranks(2).run(cases.serve, config, [*bad, *good], 1)
+    outputs, expected = results[0][0], oracle(path, good)
+    for request in good:
+        assert_same_outputs(expected[request.id], outputs[request.id])
+    assert {outputs[request.id][-1].finish_reason for request in bad} == {"error"}
     assert {(statistics, tables) for _, statistics, tables in results} == {results[0][1:]}
 
 

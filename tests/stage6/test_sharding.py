@@ -166,10 +166,10 @@ def test_what_does_not_divide_is_refused(checkpoint: Callable[[str], Path]) -> N
     config = ModelConfig.load(checkpoint("qwen3"))  # 4 and 2 heads, 96 channels, 320 tokens
     for size in (1, 2, 4):
         check_divisible(config, size)
-    with pytest.raises(ValueError, match=r"tp 3: its num_heads \(4\) .*vocab_size \(320\) .* 1, 2, 4$"):
+    with pytest.raises(ValueError, match=r"tp 3: its num_heads \(4\) is no multiple of that, .* 1, 2, 4$"):
         check_divisible(config, 3)
     with pytest.raises(ValueError, match=r"num_kv_heads \(6\) is neither .* may be 1, 2, 3, 6, 12$"):
-        check_divisible(replace(config, num_heads=12, num_kv_heads=6, vocab_size=120), 4)
+        check_divisible(replace(config, num_heads=12, num_kv_heads=6), 4)
     with pytest.raises(ValueError, match="num_heads"):
         build(EngineConfig(model=str(checkpoint("qwen3")), device="cpu", tp=3))
 

@@ -32,7 +32,8 @@ def linear(
 ) -> Tensor:
     """`x` [R, K] with R up to MOST_ROWS, `weight` [N, K], `bias` [N] -> [R, N].
 
-    `gated`: the weights are gate and up, one below the other, and the result is silu(gate) * up [R, N / 2].
+    `gated`: the weights are gate and up, one below the other, so is the bias, and the result is
+    silu(gate) * up [R, N / 2].
     `norm`: weight [K] and epsilon of an RMSNorm of `x` before the product. `onto` [R, N]: the result is added
     to it, in place.
     """
@@ -125,6 +126,8 @@ def _linear(
         up *= scale
     if bias is not None:
         gate += tl.load(bias + safe)[None, :].to(tl.float32)
+        if GATED:
+            up += tl.load(bias + safe + size)[None, :].to(tl.float32)
     if GATED:
         gate = gate * tl.sigmoid(gate) * up
     out_at = out + row[:, None] * size + mine[None, :]

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from stages.interface import MAX_LOGPROBS
-from stages.stage1_naive.sampling import Sampled, SamplingBatch
+from stages.stage1_naive.sampling import Sampled, SamplingBatch, scored
 from stages.stage5_overlap.kernels.elementwise import begin
 
 _COLDEST = tl.constexpr(1e-5)  # stage 1's
@@ -22,23 +21,14 @@ _BLOCK = tl.constexpr(4096)  # how much of a row `thresholds` reads at once
 
 def sample(logits: Tensor, batch: SamplingBatch, pdl: bool = False) -> Sampled:
     """One token for each row of `logits` [R, V], bfloat16, float16 or float32: stage 1's `sample`."""
-    adjusted = logits
-    if batch.penalties is not None:
-        adjusted = batch.penalties.apply(adjusted.float())
-    if batch.bias is not None:
-        adjusted = adjusted.float() + batch.bias
-    limits = None
+    adjusted, limits = batch.adjust(logits), None
     if batch.filters is not None:
         filters = batch.filters
         limits = thresholds(adjusted, batch.temperature, filters.top_k, filters.top_p, filters.min_p, pdl)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     low, high = batch.seeds.to(torch.int32), (batch.seeds >> 32).to(torch.int32)
     draw(adjusted, batch.temperature, low, high, batch.positions.to(torch.int32), limits, tokens, pdl=pdl)
-    if not batch.logprobs:
-        return Sampled(tokens)
-    logprobs = logits.float().log_softmax(dim=-1)
-    top = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]), dim=-1)
-    return Sampled(tokens, logprobs.gather(-1, tokens.unsqueeze(1)).squeeze(1), top.indices, top.values)
+    return scored(logits, tokens) if batch.logprobs else Sampled(tokens)
 
 
 def draw(
@@ -50,7 +40,8 @@ def draw(
 
     `logits` [R, V] may have any stride between rows. `temperature` [R] float32; `seeds_low`, `seeds_high` and
     `positions` [R] int32; `thresholds` [R] float32: smaller logits / temperature are not drawn. Writes
-    `tokens` [R] int64 and, if given, newest[slots[r]] = tokens[r], with `newest` int64 and `slots` [R] int32.
+    `tokens` [R] int64 and, if given, newest[slots[r]] = tokens[r], with `newest` int64 and `slots` [R] int32:
+    -1 and 0 where a logit is NaN or infinite, or no token is left.
     Never waits for the device, so that a CUDA graph can hold it.
 
     Where ranks share the vocabulary, `logits` are of this one's tokens, from `first` on, and `gather` puts
@@ -86,14 +77,15 @@ def _draw_in_block(
     row, blocks = tl.program_id(0), tl.num_programs(1)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row.to(tl.int64) * stride + columns
-    scores = tl.load(logits + at, mask=columns < size, other=-float("inf")).to(tl.float32)
-    heat = tl.load(temperature + row)
+    raw = tl.load(logits + at, mask=columns < size, other=-float("inf")).to(tl.float32)
+    scores, heat = raw, tl.load(temperature + row)
     if heat >= _COLDEST:
         scores = tl.div_rn(scores, heat)  # rounded as in PyTorch
         if thresholds is not None:
             scores = tl.where(scores < tl.load(thresholds + row), -float("inf"), scores)
         low, high = tl.load(seeds_low + row), tl.load(seeds_high + row)
         scores += _gumbel_noise(low, high, tl.load(positions + row), first + columns)
+    scores = tl.where(raw < float("inf"), scores, float("inf"))  # NaN is the best, too: it must be noticed
     best, index = tl.max(scores, 0, return_indices=True)  # of equals the first
     out = candidates + row * 2 * blocks + tl.program_id(1)
     tl.store(out, best.to(tl.int32, bitcast=True))
@@ -109,11 +101,12 @@ def _best_block(candidates, tokens, newest, slots, blocks, total, BLOCK: tl.cons
     at = candidates + row * 2 * total + (which // blocks) * blocks + which
     bits = tl.load(at, mask=which < total, other=0)
     scores = tl.where(which < total, bits.to(tl.float32, bitcast=True), -float("inf"))
-    best = tl.argmax(scores, 0)
+    score, best = tl.max(scores, 0, return_indices=True)
     token = tl.load(candidates + row * 2 * total + (best // blocks) * blocks + best + blocks).to(tl.int64)
+    token = tl.where(tl.abs(score) < float("inf"), token, -1)
     tl.store(tokens + row, token)
     if newest is not None:
-        tl.store(newest + tl.load(slots + row), token)
+        tl.store(newest + tl.load(slots + row), tl.maximum(token, 0))  # what the next step reads is a token
 
 
 @triton.jit
@@ -183,7 +176,8 @@ def _thresholds(logits, temperature, top_k, top_p, min_p, out, size, stride, PDL
             # All below this weigh less than 1 - p together. One key less makes up for its rounding.
             low = _key(top + heat * tl.log((1.0 - p) / size), dtype) - 1
             low = tl.maximum(low, _key(least, dtype))
-            least = _value(_search(logits, size, low, _key(top, dtype), p * mass, top, heat, True), dtype)
+            limit = tl.maximum(p * mass, 1e-30)  # of 0 even the best would be cut
+            least = _value(_search(logits, size, low, _key(top, dtype), limit, top, heat, True), dtype)
         threshold = tl.div_rn(least, heat)
         if fraction > 0.0:
             threshold = tl.maximum(threshold, tl.div_rn(top, heat) + tl.log(fraction))
