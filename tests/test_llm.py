@@ -75,7 +75,7 @@ def test_mistakes_are_named(llm: LLM) -> None:
         llm.generate([[]], GREEDY, progress=False)
     with pytest.raises(ValueError, match="no folder"):
         LLM("./nowhere")
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match=r"is not a model folder, with config\.json"):
         LLM(str(Path(__file__).parent))
     with pytest.raises(ValueError, match="stage 6 cannot have these options"):
         LLM(wings=2)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 from uuid import uuid4
 
+from msgspec import Raw
+
 from minisgl.requests import make_request, sampling_params
 from minisgl.server.bodies import (
     MAX_REQUESTS,
@@ -137,6 +139,7 @@ def _call(
             "its choices and their alternatives together",
             param=name,
         )
+    setattr(body, body.large, Raw(b"null"))  # it may have megabytes, and is not needed any more
     call_id = f"{kind}-{uuid4().hex}"
     requests = [
         make_request(f"{call_id}-{number}-{choice}", prompt, params, served.tokenizer, choice)

@@ -13,6 +13,8 @@ from minisgl.server.responses import Format, Frame, Json, answer, opening, usage
 from minisgl.server.text import Choice
 from stages.stage1_naive.tokenizer import Tokenizer
 
+_FEW = 64  # choices, written in a millisecond or two
+
 
 class Generation:
     """Read it by `whole`, or by `begin` and `events`; then `aclose` it, which aborts what is unfinished."""
@@ -26,14 +28,15 @@ class Generation:
         ]
         params = call.requests[0].params
         self._shows_prompt = call.echo or params.prompt_logprobs is not None
-        self._is_large = params.logprobs is not None or params.prompt_logprobs is not None
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        self._is_large = scored or len(call.requests) > _FEW
         self._progress = self._run()
 
     async def whole(self) -> bytes:
         """The answer, when all its choices have finished."""
         async for _ in self._progress:
             pass
-        if self._is_large:  # log-probabilities of thousands of tokens take seconds to write
+        if self._is_large:  # log-probabilities of thousands of tokens, and many choices take long to write
             return await asyncio.to_thread(answer, self._call, self._form, self._choices)
         return answer(self._call, self._form, self._choices)
 

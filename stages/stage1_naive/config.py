@@ -221,6 +221,8 @@ def _read_rope(path: Path, raw: Settings) -> tuple[float, RopeScaling | None]:
 def _sampling_defaults(path: Path, generation: _GenerationConfig) -> dict[str, float]:
     values = msgspec.structs.asdict(generation)
     values = {key: x for key, x in values.items() if x is not None and key != "eos_token_id"}
+    if values.get("top_k") == -1:  # off, as others write it
+        values["top_k"] = 0
     try:
         SamplingParams(**values)
     except ValueError as error:

@@ -7,7 +7,7 @@ import torch
 from stages.interface import Engine, EngineConfig, Request, Statistics, TokenOutput
 from stages.stage1_naive.attention import QKV, NaiveAttention, rope_table
 from stages.stage1_naive.config import ModelConfig, find_model
-from stages.stage1_naive.limits import Limits, report_error
+from stages.stage1_naive.limits import Limits
 from stages.stage1_naive.mask import RequestMask
 from stages.stage1_naive.model import Attend, Ops, Transformer
 from stages.stage1_naive.sampling import SamplingBatch, sample, score_prompt
@@ -57,7 +57,6 @@ class NaiveEngine:
         self._limits = limits
         self._device = model.embedding.device
         self._queue: dict[str, _Sequence] = {}  # by request id, in order of arrival
-        self._failed = False  # whether a request ended with an error
 
     @property
     def context_length(self) -> int:
@@ -87,9 +86,6 @@ class NaiveEngine:
         sequence.output.append(output.token_id)
         if output.finish_reason is not None:
             del self._queue[sequence.request.id]
-        if output.finish_reason == "error" and not self._failed:
-            self._failed = True
-            report_error(sequence.request)
         return [output]
 
     def close(self) -> None:
@@ -110,8 +106,9 @@ class NaiveEngine:
             batch = replace(batch, mask=bits.unsqueeze(0).to(self._device))
         sampled = sample(logits, batch)
         token_id = int(sampled.tokens[0])
-        if token_id < 0:
-            return TokenOutput(request.id, 0, finish_reason="error")
+        reason = self._limits.finish_reason(request, len(output) + 1, token_id)
+        if reason == "error":
+            return TokenOutput(request.id, 0, finish_reason=reason)
         scores = None
         if params.prompt_logprobs is not None and not output:
             pieces = score_prompt(self._model.logits, hidden[:-1], token_ids[1:])
@@ -120,6 +117,6 @@ class NaiveEngine:
             request_id=request.id,
             token_id=token_id,
             logprobs=None if params.logprobs is None else sampled.logprobs(0, params.logprobs),
-            finish_reason=self._limits.finish_reason(request, len(output) + 1, token_id),
+            finish_reason=reason,
             prompt_logprobs=scores,
         )

@@ -139,7 +139,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_pages: int) -> ModelRu
         for name, is_decode in zip(loaded.attention, (False, True), strict=True)
     )
     attention = PagedAttention(parts.cache, prefill, decode, QKV(model.config, parts.rope))
-    return ModelRunner(model, attention, parts.sampler, parts.slots, parts.cache)
+    return ModelRunner(model, attention, parts.sampler, parts.slots)
 
 
 def measure_pages(
@@ -215,7 +215,7 @@ def _run_largest_steps(
                 bad_words_ids=[[0]],
                 prompt_logprobs=0,  # and where few rows sample, the scores of a prompt take more
             )
-            table.add(Request(str(i), [0] * length, params))
+            table.add(Request(f"the largest steps, {i}", [0] * length, params))
         while batch := scheduler.schedule():
             table.commit(batch, runner.launch(batch).wait())
     return num_pages

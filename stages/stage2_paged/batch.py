@@ -1,6 +1,5 @@
 """What one step computes: rows of requests, as plain Python objects."""
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,8 +29,6 @@ class Sequence:
     cached_tokens: int | None = None  # of its prompt, in the prefix cache when it was first admitted
     done: bool = False
     mask: RequestMask | None = None  # of a request that may not draw everything
-    matched: int = 0  # how many of its pages others had computed when it was admitted
-    alone: bool = False  # it is not to use what others computed
     prompt_logprobs: list[TokenLogprobs] | None = None  # collected until its first output takes them along
 
     @property
@@ -84,7 +81,6 @@ class Batch:
 
     rows: list[Row]
     num_decode: int
-    soiled: Seq[int] = ()  # pages that get new owners, and hold NaN of old ones: to be cleared before
 
     @cached_property
     def sampling(self) -> list[Row]:

@@ -1,6 +1,6 @@
 """The KV cache in pages, and who owns which page (PagedAttention, Kwon et al. 2023)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ class PagedKVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (config.num_layers, num_pages + 1, page_size, config.num_kv_heads, config.head_dim)
-        # zeros, not empty: a kernel may read past a sequence's end and multiply by zero, and 0 * NaN is NaN.
-        # For the same reason `clear` exists.
+        # zeros, not empty: a kernel may read past a sequence's end and multiply by zero, and 0 * NaN is NaN
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -51,11 +50,11 @@ class PagedKVCache:
         return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     def store(self, layer: int, k: Tensor, v: Tensor, locations: Tensor) -> None:
-        """Write `k` and `v` [T, K, D] of one layer; a location [T] is page * page_size + offset, int64."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, locations, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, locations, v)
+        """Write `k` and `v` [T, K, D] of one layer; a location [T] is page * page_size + offset, int64.
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Zeros again, in all layers of these pages."""
-        for table in (self.keys, self.values):
-            table.index_fill_(1, torch.tensor(pages, device=table.device), 0)
+        A token that overflows has NaN in both. Its key keeps that; in its value NaN becomes 0, and inf the
+        largest number. So NaN shows wherever that token is seen and nowhere else: a kernel drops the score of
+        a key that a query may not see, but it multiplies the value by 0, and 0 * NaN is NaN.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, locations, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, locations, v.nan_to_num(0.0))

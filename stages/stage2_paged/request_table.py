@@ -2,11 +2,11 @@
 
 from bisect import insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stages.interface import Request, Statistics, TokenLogprobs, TokenOutput
-from stages.stage1_naive.limits import Limits, report_error
-from stages.stage2_paged.batch import Batch, Row, Sequence
+from stages.stage1_naive.limits import Limits
+from stages.stage2_paged.batch import Batch, Sequence
 from stages.stage2_paged.kv_cache import PageAllocator
 from stages.stage2_paged.prefix_cache import Prefix, PrefixCache
 
@@ -39,9 +39,6 @@ class RequestTable:
         self._sequences: dict[str, Sequence] = {}  # by request id, all that are not done
         self._arrivals = 0
         self._num_pages = num_pages
-        self._soiled = set[int]()  # pages that may hold NaN: nobody matches them, who takes them clears them
-        self._to_clear: list[int] = []
-        self._failed = False  # whether a request ended with an error
         self._evicted = self._preempted = self._prompt_tokens = self._cached_tokens = 0
 
     @property
@@ -90,13 +87,9 @@ class RequestTable:
     def match(self, sequence: Sequence) -> Prefix:
         """What the cache has of a waiting sequence; its last token is always left to compute, and all of a
         prompt that is to be scored."""
-        if sequence.alone or sequence.prompt_logprobs is not None:
+        if sequence.prompt_logprobs is not None:
             return Prefix()
-        prefix = self._cache.match(sequence.tokens[:-1])
-        if self._soiled and not self._soiled.isdisjoint(prefix.pages):
-            clean = next(i for i, page in enumerate(prefix.pages) if page in self._soiled)
-            return self._cache.match(sequence.tokens[: clean * self.page_size])
-        return prefix
+        return self._cache.match(sequence.tokens[:-1])
 
     def admit(self, sequence: Sequence, prefix: Prefix) -> bool:
         """Let the head of the queue run, on the pages of `prefix` and new ones for the rest.
@@ -112,7 +105,7 @@ class RequestTable:
             self.blocked = True
             return False
         sequence.prefix = prefix
-        sequence.pages, sequence.matched = [*prefix.pages, *pages], len(prefix.pages)
+        sequence.pages = [*prefix.pages, *pages]
         sequence.scheduled = len(prefix.pages) * self.page_size
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.scheduled
@@ -131,18 +124,7 @@ class RequestTable:
             evicted = self._cache.evict(count - self._allocator.free)
             self._evicted += len(evicted)
             self._allocator.give(evicted)
-        pages = self._allocator.take(count)
-        if self._soiled:
-            self._to_clear += [page for page in pages if page in self._soiled]
-            self._soiled.difference_update(pages)
-        return pages
-
-    def batch(self, rows: list[Row], num_decode: int) -> Batch | None:
-        """The batch of these rows, if there are any, with the pages to clear before."""
-        if not rows:
-            return None
-        soiled, self._to_clear = self._to_clear, []
-        return Batch(rows, num_decode, soiled)
+        return self._allocator.take(count)
 
     def share(self, sequence: Sequence) -> None:
         """Let others find the pages that are full, or will be when the batch being made has run."""
@@ -170,46 +152,18 @@ class RequestTable:
             sequence = row.sequence
             if sequence.done:
                 continue
-            token_id, request, cached = new.token_id, sequence.request, sequence.cached_tokens or 0
-            if token_id < 0:
-                if sequence.matched:
-                    self._retry(sequence)
-                else:
-                    self._fail(sequence)
-                    outputs.append(TokenOutput(request.id, 0, finish_reason="error", cached_tokens=cached))
-                continue
+            request, token_id = sequence.request, max(new.token_id, 0)
             sequence.tokens.append(token_id)
             count = len(sequence.tokens) - len(request.prompt)
-            reason = self.limits.finish_reason(request, count, token_id)
-            scores = None
-            if count == 1:
-                scores, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+            reason = self.limits.finish_reason(request, count, new.token_id)
+            scores, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+            if reason == "error":
+                scores = None
+            cached = sequence.cached_tokens or 0
             outputs.append(TokenOutput(request.id, token_id, new.logprobs, reason, cached, scores))
             if reason is not None:
                 self._finish(sequence)
         return outputs
-
-    def _fail(self, sequence: Sequence) -> None:
-        """It ends with an error. What it computed may be NaN, and is not used again."""
-        self._soiled.update(sequence.pages)
-        self._finish(sequence)
-        if not self._failed:
-            report_error(sequence.request)
-        self._failed = True
-
-    def _retry(self, sequence: Sequence) -> None:
-        """No token could be drawn, but others computed some of its pages: compute it again without them.
-
-        For kernels multiply what a query may not see by 0, and 0 * NaN is NaN. So a token that makes NaN also
-        spoils what is before it in its prompt, and a request that begins alike may have found that.
-        """
-        self._soiled.update(sequence.pages[sequence.matched :])
-        tokens = list(sequence.tokens)
-        again = replace(sequence, tokens=tokens, length=len(tokens), scheduled=0, slot=None, pages=[])
-        again.prefix, again.matched, again.alone = Prefix(), 0, True
-        self._finish(sequence)  # and so are its rows under way
-        self._sequences[sequence.request.id] = again
-        insort(self.waiting, again, key=_arrival)
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.done = True

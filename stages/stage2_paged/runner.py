@@ -12,7 +12,6 @@ from stages.stage1_naive.threads import fitting_threads
 from stages.stage2_paged.attention.backend import StepAttention
 from stages.stage2_paged.batch import Batch, Row
 from stages.stage2_paged.inputs import Slots
-from stages.stage2_paged.kv_cache import PagedKVCache
 from stages.stage2_paged.request_table import SampledToken
 from stages.stage2_paged.sampler import SampleInputs, Sampler
 
@@ -100,9 +99,7 @@ class ModelRunner:
         attention: StepAttention,
         sampler: Sampler,
         slots: Slots,
-        cache: PagedKVCache,
     ) -> None:
-        self.cache = cache
         self._model = model
         self._attention = attention
         self._sampler = sampler
@@ -113,8 +110,6 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Computed:
-        if batch.soiled:
-            self.cache.clear(batch.soiled)
         step = self._slots.upload(batch)
         self._attention.plan(step)
         with fitting_threads(self._model, len(step.token_ids)):

@@ -23,9 +23,9 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         if rows := self._prefill():
-            return self._table.batch(rows, num_decode=0)
+            return Batch(rows, num_decode=0)
         rows = decode_rows(self._table, list(self._table.running))
-        return self._table.batch(rows, num_decode=len(rows))
+        return Batch(rows, num_decode=len(rows)) if rows else None
 
     def _prefill(self) -> list[Row]:
         """Prompts from the head of the queue. The first goes whatever its length; none overtakes another."""

@@ -32,7 +32,7 @@ class ChunkedScheduler:
             if not table.admit(sequence, table.match(sequence)):
                 break
             budget -= self._add_chunk(rows, sequence, budget, first_new_page=0)
-        return table.batch(rows, num_decode)
+        return Batch(rows, num_decode) if rows else None
 
     def _add_chunk(self, rows: list[Row], sequence: Sequence, budget: int, first_new_page: int) -> int:
         """As much of a prompt as the budget allows. Its full pages can be matched from now on."""

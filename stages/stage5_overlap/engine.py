@@ -116,7 +116,7 @@ def make_runner(
         if decode is None or not is_decode
     ]
     attention = FusedAttention(prepare, backends[0], decode or backends[1])
-    eager = ModelRunner(model, attention, parts.sampler, parts.slots, parts.cache)
+    eager = ModelRunner(model, attention, parts.sampler, parts.slots)
     if decode is None or not config.graphs:
         return eager
     sizes = graph_sizes(config.max_rows)

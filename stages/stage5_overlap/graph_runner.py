@@ -93,8 +93,6 @@ class GraphRunner:
         rows = batch.rows
         if batch.num_decode < len(rows) or len(rows) > self._sizes[-1]:
             return self._eager.forward(batch)
-        if batch.soiled:
-            self._eager.cache.clear(batch.soiled)
         graph = self._graphs[self._sizes[bisect.bisect_left(self._sizes, len(rows))]]
         self._upload(rows, graph.packed)
         graph.graph.replay()

@@ -140,6 +140,7 @@ def test_generation_config_says_how_to_sample(tmp_path: Path) -> None:
     assert load(tmp_path, LLAMA, {**said, **others}).sampling_defaults == said
     silent = {"temperature": None, "top_p": None, "top_k": 5}
     assert load(tmp_path, LLAMA, {**silent, **others}).sampling_defaults == {"top_k": 5}
+    assert load(tmp_path, LLAMA, {"top_k": -1}).sampling_defaults == {"top_k": 0}
     SamplingParams(**load(tmp_path, LLAMA, said).sampling_defaults)  # type: ignore[arg-type]
 
 
@@ -150,7 +151,7 @@ def test_generation_config_says_how_to_sample(tmp_path: Path) -> None:
         ("temperature", "warm"),
         ("temperature", True),
         ("top_p", 1.5),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 2.5),
         ("min_p", 2),
         ("repetition_penalty", 0),

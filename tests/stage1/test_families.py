@@ -19,7 +19,7 @@ from stages.stage1_naive.families import FAMILIES
 from stages.stage1_naive.model import Ops
 from stages.stage1_naive.weights import Checkpoint, load_model
 
-ABSENT = object()
+ABSENT = ...
 LENGTH = 40
 TINY: dict[str, Any] = {
     "vocab_size": 50,

@@ -53,11 +53,9 @@ def with_bad(request: Request, where: int) -> Request:
 
 def assert_bad_neighbours_do_no_harm(engine: Any, fresh: Engine, lengths: list[int], stem: int) -> None:
     """Half of the requests fail; those of the other half say what they say alone, on `fresh`. All pages hold
-    NaN before, and the table knows it."""
-    cache = getattr(engine._runner, "_eager", engine._runner).cache
-    for table in (cache.keys, cache.values):
-        table[:, : cache.num_pages] = torch.nan
-    engine._table._soiled.update(range(cache.num_pages))
+    keys that are NaN before, as failed requests leave them."""
+    runner = getattr(engine._runner, "_eager", engine._runner)
+    runner._attention._prefill._cache.keys.fill_(torch.nan)
     good = [without_bad(request) for request in forced(lengths, stem)]
     bad = [with_bad(request, 7 * i) for i, request in enumerate(good)]
     alone = score(fresh, good)

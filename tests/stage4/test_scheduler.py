@@ -73,7 +73,7 @@ def test_the_machines_met_what_they_are_for() -> None:
     if not seen:
         pytest.skip("the machines were not run")
     for what in (
-        "aborted in mid-prompt", "preempted", "preempted in flight", "preempted in mid-prompt",
+        "aborted in mid-prompt", "preempted", "preempted in flight",
         "discarded rows", "cache hits", "evicted", "cut prompts", "mixed",
     ):  # fmt: skip
         assert seen[what] > 0, what
@@ -145,3 +145,17 @@ def test_finished_chunks_are_found_while_the_prompt_is_still_read() -> None:
     counted = drive.table.statistics
     assert counted.free_pages + counted.cached_pages == counted.pages
     assert drive.cache.evictable == drive.cache.cached
+
+
+def test_a_prompt_is_preempted_in_its_middle() -> None:
+    """Decode rows take pages first; who lost them reads its prompt again, and every row finds its history."""
+    drive = Drive(budget=2, pages=6, rows=2)
+    drive.add("old", [1, 2, 3], max_tokens=12)
+    drive.add("young", [4] * 16, max_tokens=1)
+    young = drive.table.waiting[1]
+    while not drive.table.statistics.preemptions:
+        drive.step()
+    assert (young.slot, len(young.tokens)) == (None, 16)
+    while drive.table.has_work:
+        drive.step()
+    assert young.done

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages import load_stage
 from stages.interface import Engine, Request, SamplingParams
+from stages.stage1_naive.config import ModelConfig
+from stages.stage2_paged.kv_cache import PagedKVCache
 from tests.oracle import assert_same_outputs, run_arriving, run_engine, tokens_of
 from tests.stage2.bad_case import BAD, good_and_bad, write_bad
 from tests.stage2.oracle_case import oracle, settings
@@ -53,31 +56,38 @@ def test_it_ends_with_an_error_and_others_do_not_notice(
         *before, last = outputs[request.id]
         assert (last.token_id, last.finish_reason, last.logprobs) == (0, "error", None)
         assert tokens_of(before) == ([] if BAD in request.prompt else [BAD])
-    (line,) = (record.getMessage() for record in caplog.records)
-    assert any(f"request {request.id!r} ends with an error" in line for request in bad)
+    lines = sorted(record.getMessage().partition(" ends with an error")[0] for record in caplog.records)
+    assert lines == sorted(f"request {request.id!r}" for request in bad), "one for each"
     counted = engine.statistics
     assert counted.free_pages + counted.cached_pages == counted.pages, "nobody owns a page any more"
 
 
 @pytest.mark.parametrize("kind", ["3", "4", "5"])
-def test_what_a_failed_request_computed_is_not_found_again(model: Path, kind: str) -> None:
-    """Whatever made it NaN may not be there the next time. What others computed before is found."""
-    good, bad = list(range(8)), [BAD] * 8
-    engine: Any = build(model, kind, num_pages=64)
+def test_what_comes_before_a_bad_token_can_be_shared(model: Path, kind: str) -> None:
+    """Also of a request that is aborted in the middle of its prompt, before anybody knows that it fails."""
+    stem = list(range(8))
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    requests = [Request(name, [*good, *more], params) for name, more in (("a", [1]), ("b", bad), ("c", bad))]
-    found = [run_engine(engine, [request])[request.id][0] for request in requests]
-    assert [output.finish_reason for output in found] == [None, "error", "error"]
-    assert [output.cached_tokens for output in found] == [0, 8, 8]
-    cache = engine._runner.cache
-    cleared: list[int] = []
-    cache.clear, clear = cleared.extend, cache.clear
-    run_engine(engine, [Request("all pages", [5] * 62, params)])
-    run_engine(engine, [Request(str(i), [i] * 58, params) for i in range(8)])
-    assert len(cleared) >= 8, "they are cleared before anybody has them again"
-    assert len(set(cleared)) == len(cleared)
-    clear(cleared)
-    assert not cache.keys[:, cleared].any()
+    good = Request("good", [*stem, 1], params)
+    engine = build(model, kind, num_pages=64)
+    engine.add(Request("aborted", [*stem, *[BAD] * 40], params))
+    engine.step()
+    engine.abort("aborted")
+    found = run_engine(engine, [Request("bad", [*stem, BAD, 2], params), good])
+    assert found["bad"][0].finish_reason == "error"
+    assert found["good"][0].cached_tokens == 8
+    assert_same_outputs(oracle(model, [good])["good"], found["good"])
+
+
+def test_a_stored_value_is_finite(model: Path) -> None:
+    config = ModelConfig.load(model)
+    cache = PagedKVCache(config, 1, 16, torch.float32, torch.device("cpu"))
+    k = torch.randn(4, config.num_kv_heads, config.head_dim)
+    v = torch.randn_like(k)
+    k[0, 0, 3], v[0, 0, 2], v[2, 0, 5] = torch.nan, torch.nan, -torch.inf
+    cache.store(0, k, v, torch.arange(4))
+    torch.testing.assert_close(cache.keys[0, 0, :4], k, equal_nan=True)
+    v[0, 0, 2], v[2, 0, 5] = 0.0, torch.finfo(torch.float32).min
+    assert torch.equal(cache.values[0, 0, :4], v)
 
 
 def test_no_token_left_is_an_error_too(model: Path) -> None:

@@ -29,10 +29,23 @@ class TorchAttention:
             pages = table[: -(-length // self._cache.page_size)]
             k = keys[pages].flatten(0, 1)[:length].transpose(0, 1)  # [K, length, D]
             v = values[pages].flatten(0, 1)[:length].transpose(0, 1)
-            mask = None if len(queries) == 1 else _causal(len(queries), length, q.device)
+            mask = None
+            if len(queries) > 1:
+                k, mask = _masked(k, len(queries))
             x = F.scaled_dot_product_attention(queries.transpose(0, 1), k, v, attn_mask=mask, enable_gqa=True)
             out.append(x.transpose(0, 1))
         return torch.cat(out)
+
+
+def _masked(k: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """`k` [K, length, D], and what is added to the scores [queries, length] of the last queries.
+
+    PyTorch adds -inf to what a query may not see, which is no help where a key is NaN. So NaN moves from the
+    key to the mask.
+    """
+    scores = k.mul(0).sum((0, 2)).expand(num_queries, -1)  # 0, or NaN
+    visible = _causal(num_queries, k.shape[1], k.device)
+    return k.nan_to_num(0.0), scores.masked_fill(~visible, -torch.inf)
 
 
 def _causal(num_queries: int, length: int, device: torch.device) -> Tensor:

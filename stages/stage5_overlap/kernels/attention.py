@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Layer
 from stages.stage2_paged.kv_cache import PagedKVCache
-from stages.stage5_overlap.kernels.elementwise import fetch
+from stages.stage5_overlap.kernels.elementwise import fetch, finite
 
 _MOST = 32  # splits of a row
 
@@ -217,6 +217,7 @@ def _decode(
         new_page = tl.load(table + position // PAGE).to(tl.int64)
         new_where = ((new_page * PAGE + position % PAGE) * K + kv) * D + d
         tl.store(keys + new_where, new_k)
+        new_v = finite(new_v)
         tl.store(values + new_where, new_v)
         score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
         new_best = tl.maximum(best, score)

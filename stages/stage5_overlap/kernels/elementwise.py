@@ -20,6 +20,15 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    """NaN is 0, and inf the largest number of its kind: as `PagedKVCache.store` has it for values."""
+    largest = 65504.0 if x.dtype == tl.float16 else 3.38e38
+    wide = x.to(tl.float32)
+    wide = tl.where(wide == wide, wide, 0.0)
+    return tl.minimum(tl.maximum(wide, -largest), largest).to(x.dtype)
+
+
+@triton.jit
 def fetch(at):
     """Bring the cache lines of these addresses into L2, and wait for none."""
     tl.inline_asm_elementwise(

@@ -8,6 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from stages.stage1_naive.config import ModelConfig
 from stages.stage1_naive.model import Layer
 from stages.stage2_paged.kv_cache import PagedKVCache
+from stages.stage5_overlap.kernels.elementwise import finite
 
 _HEADS = 32  # that one block prepares, at most
 
@@ -80,5 +81,5 @@ def _prepare(
     tl.store(keys + k_at + HALF, turned_high, mask=is_k)
     is_v = (head >= N + K) & inside
     v_at = k_at - K * D
-    tl.store(values + v_at, raw_low, mask=is_v)
-    tl.store(values + v_at + HALF, raw_high, mask=is_v)
+    tl.store(values + v_at, finite(raw_low), mask=is_v)
+    tl.store(values + v_at + HALF, finite(raw_high), mask=is_v)
