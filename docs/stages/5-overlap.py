@@ -729,7 +729,8 @@ gate_up, down, ones = (
     torch.randn(H, INNER).bfloat16(),
     torch.ones(H).bfloat16(),
 )
-layer = SimpleNamespace(q_norm=ones[:D], k_norm=ones[:D], gate_up=gate_up, down=down)
+biases = dict.fromkeys(("gate_up_bias", "down_bias"))
+layer = SimpleNamespace(q_norm=ones[:D], k_norm=ones[:D], gate_up=gate_up, down=down, **biases)
 cache = PagedKVCache(shape, 8, PAGE, torch.bfloat16, torch.device("cpu"))
 qkv = QKV(shape, rope_table(shape, T, torch.device("cpu")))
 logits, everywhere = torch.randn(T, V).bfloat16(), torch.arange(T)
