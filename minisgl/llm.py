@@ -32,7 +32,7 @@ class Completion:
     prompt_logprobs: Sequence[
         TokenLogprobs
     ] = ()  # of all prompt tokens but the first, if they were asked for
-    finish_reason: FinishReason | None = None  # "error": the model's logits were NaN or infinite
+    finish_reason: FinishReason | None = None  # "error": no token could be drawn, see `TokenOutput`
 
 
 class LLM:

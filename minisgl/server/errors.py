@@ -16,7 +16,10 @@ class RequestFailed(Exception):
     """The engine gave up this request, and no other."""
 
     def __init__(self) -> None:
-        super().__init__("the model's logits for this request were NaN or infinite, so it has no next token")
+        super().__init__(
+            "this request has no next token: the model's logits for it were NaN or infinite, "
+            "or its bad_words left none"
+        )
 
 
 class ApiError(Exception):

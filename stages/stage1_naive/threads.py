@@ -19,7 +19,8 @@ _WORTH_SHARING = 50_000_000
 def fitting_threads(model: Transformer, tokens: int) -> Iterator[None]:
     """Within it a CPU computes small steps with one thread, and others with all that PyTorch has.
 
-    A GPU's steps are not touched, nor where OMP_NUM_THREADS says how many threads there shall be.
+    `tokens` are what the step computes. A GPU's steps are not touched, nor any where OMP_NUM_THREADS says
+    how many threads there shall be.
     """
     every = torch.get_num_threads()
     small = tokens * 2 * model.config.intermediate_size * model.config.hidden_size < _WORTH_SHARING
